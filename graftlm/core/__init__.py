@@ -1,0 +1,1 @@
+"""Things that know nothing about machine learning."""

@@ -1,0 +1,1 @@
+"""How one model learns one stage."""

@@ -1,0 +1,166 @@
+"""MERA's Tables 2 and 4 in the mini world: eight methods, both orders, several seeds, one committed table.
+
+    .venv/bin/python benchmarks/mera_miniworld.py tune        settings chosen on validation scenes of an extra seed
+    .venv/bin/python benchmarks/mera_miniworld.py run         both orders, seeds 0 1 2 (resumes)
+    .venv/bin/python benchmarks/mera_miniworld.py table       write benchmarks/results/mera-miniworld.md
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graftlm.evaluation import bootstrap, gains
+from graftlm.experiment.run import run
+from graftlm.experiment.spec import ExperimentSpec, load
+
+RESULTS = Path(__file__).parent / "results"
+TUNING_SEED = 100
+"""Its world is used for choosing settings only, and only its validation scenes."""
+
+PAPER: Mapping[str, tuple[str, str]] = {
+    "finetune": ("59.76 ± 27.23", "48.96 ± 35.70"),
+    "replay1": ("66.09 ± 25.86", "43.95 ± 39.03"),
+    "replay10": ("77.52 ± 16.32", "51.90 ± 36.34"),
+    "eproj": ("89.61 ± 2.63", "70.07 ± 11.86"),
+    "merge": ("90.29 ± 7.42", "70.00 ± 30.87"),
+    "realign": ("87.92 ± 12.41", "71.90 ± 24.52"),
+    "mera1": ("97.90 ± 6.02", "84.42 ± 12.93"),
+    "mera10": ("101.00 ± 3.90", "93.42 ± 6.25"),
+}
+"""Table 2 and 4 of arXiv:2503.07663: mean ± sample std over stages, in percent; sequential and reverse order."""
+
+TUNED: Mapping[str, Sequence[str]] = {
+    "realign": [f"methods={{realign: [{{realign: {{lr: {lr}}}}}]}}" for lr in ("5e-4", "1e-3", "2e-3")],
+    "mera": [f"methods={{mera: [{{mera: {{lr: {lr}}}}}]}}" for lr in ("5e-4", "1e-3", "2e-3")],
+    "replay": [f"methods={{replay: [{{replay: {{repeat: {n}}}}}]}}" for n in (1, 2, 3)],
+}
+"""Three settings for every method that has a setting of its own; the others have none beside the shared schedule."""
+
+
+def tune(runs: Path) -> None:
+    """Score every candidate on validation scenes of the tuning seed, sequential order."""
+    lines = ["| method | setting | backward, mean of stages | backward, last | forward, mean |", "|---|---|---|---|---|"]
+    for method, candidates in TUNED.items():
+        for i, override in enumerate(candidates):
+            spec = load("mera-miniworld", [override, f"seed={TUNING_SEED}", "evaluate.split=val"])
+            result = run(spec, runs / f"tune-{method}-{i}")["methods"][method]
+            row = [result["backward_mean"], result["backward"][-1], statistics.mean(result["forward"])]
+            setting = json.dumps(result["ingredients"])
+            lines.append(f"| {method} | `{setting}` | " + " | ".join(f"{x:.1f}" for x in row) + " |")
+            print(lines[-1], flush=True)
+    (RESULTS / "mera-miniworld-tuning.md").write_text("\n".join(lines) + "\n")
+
+
+def specs(seeds: Sequence[int]) -> dict[tuple[str, int], ExperimentSpec]:
+    """The table's runs: order and seed."""
+    return {
+        (order, seed): load("mera-miniworld-table", [f"stream=miniworld-{order}", f"seed={seed}"])
+        for seed in seeds
+        for order in ("sequential", "reverse")
+    }
+
+
+def folder(runs: Path, order: str, seed: int) -> Path:
+    """Where a run of the table lives."""
+    return runs / f"table-{order}-{seed}"
+
+
+def table(runs: Path, seeds: Sequence[int]) -> str:
+    """The committed page, from finished runs only."""
+    summaries = {
+        (order, seed): json.loads((folder(runs, order, seed) / "summary.json").read_text())
+        for order in ("sequential", "reverse")
+        for seed in seeds
+    }
+    page = []
+    for order in ("sequential", "reverse"):
+        page += [f"## {order.capitalize()} order", "", *_order_table(order, [summaries[order, s] for s in seeds]), ""]
+        page += ["Backward gain per stage and forward gain at stages 2 to 4, mean over seeds:", ""]
+        page += [*_stage_table([summaries[order, s] for s in seeds]), ""]
+        page += ["Paired differences of the mean relative gain over all modalities at the last stage (percent points,", ""]
+        page[-2:] = ["Paired differences at the last stage (per-sample scores, all tasks, 95 % bootstrap interval), per seed:", ""]
+        page += [*_pairs(runs, order, seeds, summaries), ""]
+    return "\n".join(page)
+
+
+def _order_table(order: str, summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    paper = 0 if order == "sequential" else 1
+    rows = [
+        "| method | mean over stages, per seed | mean ± spread over seeds | std over stages | last stage | forward (stages 2-4) "
+        "| joint test (accuracy) | paper, mean ± std over stages |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in PAPER:
+        results = [s["methods"][name] for s in summaries]
+        means = [r["backward_mean"] for r in results]
+        forward = [statistics.mean(r["forward"][1:]) for r in results]
+        joint = [r["probes"][-1]["mcub"] for r in results]
+        rows.append(
+            f"| {name} | {' / '.join(f'{x:.1f}' for x in means)} | **{_spread(means)}** "
+            f"| {statistics.mean(r['backward_std'] for r in results):.1f} | {_spread([r['backward'][-1] for r in results])} "
+            f"| {_spread(forward)} | {_spread(joint, 3)} | {PAPER[name][paper]} |"
+        )
+    floors = [statistics.mean(_relative(s["blind"], s["experts"])) for s in summaries]
+    rows.append(f"| *blind floor* | | {_spread(floors)} | | | | | |")
+    return rows
+
+
+def _stage_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = ["| method | backward 1 | 2 | 3 | 4 | forward 2 | 3 | 4 |", "|---|---|---|---|---|---|---|---|"]
+    for name in PAPER:
+        backward = np.mean([s["methods"][name]["backward"] for s in summaries], axis=0)
+        forward = np.mean([s["methods"][name]["forward"] for s in summaries], axis=0)[1:]
+        rows.append(f"| {name} | " + " | ".join(f"{x:.1f}" for x in [*backward, *forward]) + " |")
+    return rows
+
+
+def _pairs(runs: Path, order: str, seeds: Sequence[int], summaries: Mapping[tuple[str, int], Any]) -> list[str]:
+    pairs = [("mera10", "finetune"), ("mera10", "merge"), ("mera10", "realign"), ("mera10", "replay10"), ("mera1", "merge")]
+    rows = ["| pair | " + " | ".join(f"seed {s}" for s in seeds) + " |", "|---" * (len(seeds) + 1) + "|"]
+    for a, b in pairs:
+        cells = []
+        for seed in seeds:
+            summary = summaries[order, seed]
+            last = f"{len(summary['order'])}-{summary['order'][-1]}"
+            where = folder(runs, order, seed) / "methods"
+            experts = {task: value for tasks in summary["experts"].values() for task, value in tasks.items()}
+            difference = bootstrap.paired_gain(where / a / last, where / b / last, experts, seed=seed)
+            cells.append(f"{difference.value:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]")
+        rows.append(f"| {a} − {b} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _relative(scores: Mapping[str, Any], experts: Mapping[str, Any]) -> list[float]:
+    return [gains.relative_gain(scores[stage], experts[stage]) for stage in experts]
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["tune", "run", "table"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    if arguments.step == "tune":
+        tune(arguments.runs)
+    elif arguments.step == "run":
+        for (order, seed), spec in specs(arguments.seeds).items():
+            result = run(spec, folder(arguments.runs, order, seed))
+            row = {name: round(m["backward_mean"], 1) for name, m in result["methods"].items()}
+            print(order, seed, row, flush=True)
+    else:
+        print(table(arguments.runs, arguments.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""``graftlm plan``: what a run would train, how long its inputs are, and what it needs, without training."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from graftlm.cli.run import Experiment, Overrides
+from graftlm.cli.terminal import output
+from graftlm.experiment.spec import load
+
+if TYPE_CHECKING:
+    from graftlm.experiment.plan import Plan, StagePlan
+
+__all__ = ["plan"]
+
+
+def plan(
+    experiment: Experiment,
+    settings: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a run would train and need, without training.
+
+    \b
+    Examples:
+      graftlm plan mera-miniworld
+      graftlm plan experiment.yaml model.lora.rank=128 --json
+    """  # noqa: D301  click reads the \b
+    spec = load(experiment, settings or ())
+    from graftlm.experiment.plan import plan as make_plan  # imports torch
+
+    made = make_plan(spec)
+    if as_json:
+        typer.echo(json.dumps(made.to_dict(), indent=1))
+        return
+    console = output()
+    console.print(_table(made))
+    for line in _notes(made):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _table(made: "Plan") -> Table:
+    table = Table(title=f"{made.name}: {made.stream}", title_justify="left")
+    for name in ("what", "stage", "phase", "trains"):
+        table.add_column(name)
+    for name in ("samples", "steps", "tokens", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    cell = ""
+    for stage in made.stages:
+        if stage.cell != cell and cell:
+            table.add_section()
+        cell = stage.cell
+        _add(table, stage)
+    return table
+
+
+def _add(table: Table, stage: "StagePlan") -> None:
+    what = f"{stage.cell} ({' + '.join(stage.moments)})" if stage.moments and stage.number == 1 else stage.cell
+    if stage.shared:
+        table.add_row(
+            what, f"{stage.number} {stage.stage}", f"the same as {stage.shared}", "", "", "", "", "", style="dim"
+        )
+        return
+    for index, phase in enumerate(stage.phases):
+        trains = ", ".join(f"{part} {_count(n)}" for part, n in phase.trained.items())
+        numbers = (f"{phase.samples:,}", f"{phase.steps:,}", _count(phase.tokens), _bytes(phase.memory_bytes))
+        first = (what, f"{stage.number} {stage.stage}") if index == 0 else ("", "")
+        table.add_row(*first, phase.phase, trains, *numbers)
+
+
+def _notes(made: "Plan") -> list[str]:
+    sizes = made.sizes
+    connectors = ", ".join(
+        f"{name} {_count(n)} ({sizes.tokens[name]} tokens per item)" for name, n in sizes.connectors.items()
+    )
+    return [
+        f"LLM: {_count(sizes.llm)} parameters; {'LoRA' if sizes.lora else 'full tuning'} moves {_count(sizes.plastic)}",
+        f"encoders, frozen: {', '.join(f'{name} {_count(n)}' for name, n in sizes.encoders.items())}",
+        f"connectors: {connectors}",
+        f"in all: {made.steps:,} optimiser steps, {_count(made.tokens)} tokens; what is the same is trained once",
+        f"memory: about {_bytes(made.memory_bytes)} at most per process; disk: about {_bytes(made.disk_bytes)}",
+        f"estimated: {made.formula}",
+        *dict.fromkeys(note for stage in made.stages for note in stage.notes),
+    ]
+
+
+def _count(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 2**10:.0f} KiB"

@@ -1,0 +1,104 @@
+"""From what an experiment file says to the objects of the rooms below."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftlm import methods as shelf
+from graftlm.core.errors import ConfigError, did_you_mean
+from graftlm.data.types import Phase
+from graftlm.experiment.settings import ModelSettings, PhaseSettings, ScheduleChanges
+from graftlm.experiment.spec import ExperimentSpec
+from graftlm.learning import phase as phases
+from graftlm.learning.method import check_adapters
+from graftlm.learning.phase import Schedule
+from graftlm.model.specs import ConnectorSpec, EncoderSpec, LoraSpec, ModalitySpec, ModelSpec
+
+__all__ = ["check", "model_spec", "schedule"]
+
+
+def check(spec: ExperimentSpec) -> None:
+    """See `ExperimentSpec.check`."""
+    for name, entries in spec.mixes().items():
+        check_adapters(shelf.build(entries, f"methods.{name}" if isinstance(spec.methods, dict) else "methods"))
+    _check_rates(spec.schedule())
+    if spec.model.llm != "miniworld" and not Path(spec.model.llm).is_dir():
+        raise ConfigError(
+            f"model.llm: no folder '{spec.model.llm}'. 'miniworld' or a folder in the layout of Hugging Face "
+            f"(config.json, tokenizer, safetensors) is expected; nothing is downloaded, so fetch the model first."
+        )
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: 'cuda', but torch finds no GPU. Use cpu or auto, or install a torch build for your GPU."
+        )
+    _check_root(spec)
+
+
+def schedule(choice: str | list[PhaseSettings] | ScheduleChanges) -> Schedule:
+    """The phases of a stage: a named schedule, one with changes, or phases written out.
+
+    Raises:
+        ConfigError: no schedule or no phase of that name.
+
+    """
+    if isinstance(choice, str):
+        return phases.schedule(choice)
+    if isinstance(choice, list):
+        return phases.schedule([Phase(**_fields(settings)) for settings in choice])
+    plain = phases.schedule(choice.schedule)
+    changes = dict(choice.__pydantic_extra__)
+    known = [phase.name for phase in (*plain.phases, plain.realign)]
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"phases.{name}: no phase of schedule '{choice.schedule}'; {did_you_mean(name, known)}")
+
+    def changed(phase: Phase) -> Phase:
+        return dataclasses.replace(phase, **_fields(changes[phase.name])) if phase.name in changes else phase
+
+    return Schedule(tuple(changed(phase) for phase in plain.phases), changed(plain.realign))
+
+
+def _fields(settings: PhaseSettings) -> dict[str, Any]:
+    given: Mapping[str, Any] = settings.model_dump()
+    return {key: frozenset(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
+def _check_rates(plan: Schedule) -> None:
+    for phase in (*plan.phases, plan.realign):
+        for part in sorted(phase.trainable):
+            if not any(part == key or part.startswith(f"{key}.") for key in phase.lr):
+                raise ConfigError(
+                    f"phases.{phase.name}.lr: no learning rate for '{part}', which this phase trains; lr names "
+                    f"{sorted(phase.lr)}. Add one."
+                )
+
+
+def _check_root(spec: ExperimentSpec) -> None:
+    if spec.stream.startswith("miniworld"):
+        if spec.data.root is not None:
+            raise ConfigError(f"data.root: '{spec.data.root}', but stream {spec.stream} is generated. Leave it out.")
+    elif spec.data.root is None or not Path(spec.data.root).is_dir():
+        raise ConfigError(
+            f"data.root: no folder '{spec.data.root}'. Stream {spec.stream} needs the folder that holds its data sets, "
+            f"one sub-folder each; see the documentation of data sets."
+        )
+
+
+def model_spec(settings: ModelSettings) -> ModelSpec:
+    """What the model room builds."""
+    return ModelSpec(
+        llm=settings.llm,
+        modalities=tuple(
+            ModalitySpec(
+                name,
+                EncoderSpec(each.encoder.kind, each.encoder.weights, each.encoder.settings),
+                ConnectorSpec(each.connector.kind, each.connector.settings),
+            )
+            for name, each in settings.modalities.items()
+        ),
+        lora=LoraSpec(**settings.lora.model_dump()) if settings.lora else None,
+        dtype=settings.dtype,
+    )

@@ -1,0 +1,226 @@
+"""Stages by content: learned once, reused by every run and method that would learn the same.
+
+The key of a stage is a hash of all that could change its result: its parent's key, its samples and the bytes of their
+media, the ingredients that do something at this stage, the schedule, the model, the seed, and the code. Experts are
+stages whose parent is the base; MERA's and fine-tuning's first stage is the image expert, and is found as such.
+"""
+
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+import graftlm
+from graftlm.core.files import atomic_folder, hash_file, hash_json, is_complete, locked, milestone, read_json, write_json
+from graftlm.data.types import Phase, Stage, Stream
+from graftlm.learning.fit import Progress
+from graftlm.learning.method import Method
+from graftlm.learning.phase import Schedule
+from graftlm.learning.stage import learn
+from graftlm.methods import describe
+from graftlm.model import checkpoint
+from graftlm.model.features import FeatureCache
+from graftlm.model.multimodal import MultimodalLM
+from graftlm.model.specs import ModelSpec
+
+__all__ = ["ROOT", "LearnedStage", "StageStore", "cache_folder", "copy_linked"]
+
+ROOT = "base"
+"""Key of the parent of a first stage: the base model without any modality."""
+
+
+def cache_folder() -> Path:
+    """Where stages, worlds and encoder features are kept between runs: ``$GRAFTLM_CACHE``, else the user's cache."""
+    root = os.environ.get("GRAFTLM_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graftlm"
+
+
+@functools.cache
+def code_digest() -> str:
+    """Hash of the source files whose code decides what a stage becomes."""
+    package = Path(graftlm.__file__).parent
+    files = [f for room in ("core", "data", "model", "merging", "learning", "methods") for f in (package / room).rglob("*.py")]
+    return hash_json({str(f.relative_to(package)): hash_file(f) for f in sorted(files)})
+
+
+@dataclass(frozen=True)
+class LearnedStage:
+    """A finished stage: its folder holds checkpoint/, methods.safetensors, fit.json and key.json."""
+
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """The content hash of the stage."""
+        return str(read_json(self.folder / "key.json")["key"])
+
+    @property
+    def checkpoint(self) -> Path:
+        """The model after the stage."""
+        return self.folder / "checkpoint"
+
+    @property
+    def fit(self) -> list[dict[str, Any]]:
+        """One log per phase."""
+        logs: list[dict[str, Any]] = read_json(self.folder / "fit.json")
+        return logs
+
+
+class StageStore:
+    """Learns stages, or finds them.
+
+    Args:
+        root: the cache folder.
+        model: what to build.
+        stream: the stages of the run.
+        schedule: phases of a stage.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self, root: Path, model: ModelSpec, stream: Stream, schedule: Schedule, seed: int, device: str = "cpu"
+    ) -> None:
+        self.root = root / "stages"
+        self.spec = model
+        self.stream = stream
+        self.schedule = schedule
+        self.seed = seed
+        self.device = device
+        self.features = FeatureCache(root / "features")
+        self._model: MultimodalLM | None = None
+
+    def load(self, stage: LearnedStage | None) -> MultimodalLM:
+        """The model as a stage left it, or the base for None. One model per process: an earlier result is overwritten."""
+        if stage is None or self._model is None:
+            self._model = MultimodalLM.build(self.spec, seed=self.seed, device=self.device, features=self.features)
+        if stage is not None:
+            checkpoint.load(stage.checkpoint, model=self._model)
+        return self._model
+
+    def obtain(
+        self,
+        stage: Stage,
+        past: Sequence[Stage],
+        methods: Sequence[Method],
+        parent: LearnedStage | None,
+        *,
+        progress: Progress | None = None,
+        reused: Callable[[], None] | None = None,
+    ) -> LearnedStage:
+        """The stage learned after ``parent`` by this mix; from the store if it was learned before.
+
+        Methods get the memory (`Method.state`) that they had after the stage.
+
+        Args:
+            reused: called when nothing had to be learned.
+        """
+        number = len(past) + 1
+        active = [method for method in methods if not method.idle(number)]
+        key = self.key(stage, active, parent)
+        folder = self.root / key
+        with locked(self.root / f".{key}.lock", wait=7 * 24 * 3600.0):
+            if is_complete(folder):
+                if reused:
+                    reused()
+            else:
+                self._learn(folder, stage, past, methods, parent, progress)
+        found = LearnedStage(folder)
+        _restore_states(methods, folder / "methods.safetensors")
+        return found
+
+    def key(self, stage: Stage, active: Sequence[Method], parent: LearnedStage | None) -> str:
+        """The content hash of a stage."""
+        phases = [*self.schedule.phases, *([self.schedule.realign] if active else [])]
+        return hash_json(
+            {
+                "parent": parent.key if parent else ROOT,
+                "stage": self._digest(stage),
+                "methods": describe(active),
+                "phases": [_phase(phase) for phase in phases],
+                "model": self.spec.to_dict(),
+                "base": self._base(),
+                "seed": self.seed,
+                "code": code_digest(),
+            }
+        )[:32]
+
+    def _learn(
+        self,
+        folder: Path,
+        stage: Stage,
+        past: Sequence[Stage],
+        methods: Sequence[Method],
+        parent: LearnedStage | None,
+        progress: Progress | None,
+    ) -> None:
+        model = self.load(parent)
+        milestone("stage.start")
+        logs = learn(
+            model,
+            stage,
+            past,
+            methods,
+            self.schedule,
+            modalities={spec.name: spec for spec in self.spec.modalities},
+            seed=self.seed,
+            progress=progress,
+        )
+        milestone("stage.learned")
+        history = checkpoint.read_manifest(parent.checkpoint)["history"] if parent else []
+        step = {"stage": stage.name, "methods": describe(methods), "parent": parent.key if parent else ROOT}
+        with atomic_folder(folder) as temporary:
+            checkpoint.save(
+                model, temporary / "checkpoint", history=[*history, step], parent=parent.checkpoint if parent else None
+            )
+            states = {f"{i}.{name}": x.contiguous() for i, m in enumerate(methods) for name, x in m.state.items()}
+            save_file(states, temporary / "methods.safetensors")
+            write_json(temporary / "fit.json", [log.to_dict() for log in logs])
+            write_json(temporary / "key.json", {"key": folder.name})
+        milestone("stage.saved")
+
+    @functools.cache  # noqa: B019  one store per process, alive as long as it
+    def _base(self) -> str:
+        return MultimodalLM.build(self.spec, seed=self.seed, device=self.device, features=self.features).fingerprint()
+
+    def _digest(self, stage: Stage) -> str:
+        return hash_json(
+            [
+                [task.name, task.kind, [[s.id, s.prompt, s.answers, [self.features.digest(m) for m in s.media]] for s in task.train]]
+                for task in stage.tasks
+            ]
+        )
+
+
+def _restore_states(methods: Sequence[Method], path: Path) -> None:
+    states = load_file(path)
+    for index, method in enumerate(methods):
+        prefix = f"{index}."
+        method.state = {name.removeprefix(prefix): x for name, x in states.items() if name.startswith(prefix)}
+
+
+def _phase(phase: Phase) -> dict[str, Any]:
+    values = dataclasses.asdict(phase)
+    return {k: sorted(v) if isinstance(v, frozenset) else v for k, v in values.items()}
+
+
+def copy_linked(source: Path, target: Path) -> None:
+    """Copy a finished folder; files are hard links where the file system allows it, so copies cost nothing."""
+
+    def link(a: str, b: str) -> None:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+
+    if is_complete(target):
+        return
+    with atomic_folder(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True, copy_function=link, ignore=shutil.ignore_patterns("done"))

@@ -1,0 +1,1 @@
+"""What a multimodal LLM is: parts, fusion, adapters, files."""

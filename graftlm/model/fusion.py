@@ -1,0 +1,88 @@
+"""Put media into the text: every slot of a batch becomes the tokens of its item."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graftlm.core.errors import DataError
+from graftlm.data.types import IGNORE, SLOT, Batch, Modality
+
+__all__ = ["Fused", "fuse"]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A batch as the LLM sees it.
+
+    Shapes: embeds Float (B, S, D), attention_mask Bool (B, S), labels Int (B, S), modality_ids Int (B, S), 0 is text.
+    """
+
+    embeds: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    modality_ids: Tensor
+
+
+def fuse(
+    embed: Callable[[Tensor], Tensor],
+    batch: Batch,
+    tokens: Mapping[Modality, Tensor],
+    modality_index: Mapping[Modality, int],
+) -> Fused:
+    """Expand every slot to its item's L' positions; padding stays on its side.
+
+    Args:
+        embed: the LLM's input embedding, Int (...) -> Float (..., D).
+        tokens: connector outputs per modality, Float (N, L', D), in the order of ``batch.places``.
+        modality_index: id of each modality, from 1.
+
+    Raises:
+        DataError: slots and items do not match.
+    """
+    ids = batch.input_ids
+    rows, columns = ids.shape
+    _check(batch, tokens)
+    width = torch.ones_like(ids)
+    for modality, values in tokens.items():
+        row, column = batch.places[modality].unbind(1)
+        width[row, column] = values.shape[1]
+    padding_left = bool((~batch.attention_mask[:, 0]).any())
+    ends = width.cumsum(1)
+    length = int(ends[:, -1].max())
+    starts = ends - width + (length - ends[:, -1:] if padding_left else 0)
+    text = ids != SLOT
+    words = embed(ids.clamp_min(0))
+    embeds = words.new_zeros(rows, length, words.shape[-1])
+    mask = torch.zeros(rows, length, dtype=torch.bool, device=ids.device)
+    labels = torch.full((rows, length), IGNORE, device=ids.device)
+    modality_ids = torch.zeros(rows, length, dtype=torch.long, device=ids.device)
+    row_of = torch.arange(rows, device=ids.device)[:, None].expand(rows, columns)
+    embeds = embeds.index_put((row_of[text], starts[text]), words[text])
+    mask[row_of[text], starts[text]] = batch.attention_mask[text]
+    labels[row_of[text], starts[text]] = batch.labels[text]
+    for modality, values in tokens.items():
+        row, column = batch.places[modality].unbind(1)
+        where = starts[row, column][:, None] + torch.arange(values.shape[1], device=ids.device)
+        at = (row[:, None].expand_as(where), where)
+        embeds = embeds.index_put(at, values.to(words.dtype))
+        mask[at] = True
+        modality_ids[at] = modality_index[modality]
+    return Fused(embeds, mask, labels, modality_ids)
+
+
+def _check(batch: Batch, tokens: Mapping[Modality, Tensor]) -> None:
+    slots = int((batch.input_ids == SLOT).sum())
+    items = sum(len(values) for values in tokens.values())
+    for modality, values in tokens.items():
+        if len(batch.places[modality]) != len(values):
+            raise DataError(
+                f"{modality}: {len(batch.places[modality])} slots in the text, but {len(values)} items; one item per slot is "
+                f"expected. Check the samples {', '.join(batch.ids[:4])}."
+            )
+    if slots != items:
+        raise DataError(
+            f"{slots} media slots in the text, but {items} items of {sorted(tokens)}; one item per slot is expected. "
+            f"Check the samples {', '.join(batch.ids[:4])}."
+        )

@@ -1,0 +1,1 @@
+"""Explain finished and unfinished runs: one run folder in, one self-contained HTML file out."""

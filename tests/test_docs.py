@@ -43,7 +43,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
-@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda x: " ".join(x) if isinstance(x, list) else x)
+@pytest.mark.parametrize(("page", "words"), list(commands()), ids=lambda x: " ".join(x) if isinstance(x, list) else x)
 def test_commands_exist(page: str, words: list[str]) -> None:
     group = typer.main.get_command(app)
     known = group.commands  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from graftlm.core.files import atomic_folder
 from graftlm.data.miniworld import scenes
 from graftlm.data.miniworld.render import CELL_CLASSES, LABELS, render
 from graftlm.data.miniworld.text import text_sample, vocabulary
-from graftlm.model.encoders import mini
+from graftlm.model.encoders import ENCODERS, mini
 
 __all__ = ["BaseRecipe", "build_base"]
 
@@ -240,11 +240,11 @@ def _train_encoders(recipe: BaseRecipe, seed: int, log: Log) -> dict[str, dict[s
     images, image_labels = _rendered("image", recipe.images, seed)
     clips, clip_labels = _rendered("video", recipe.clips, seed)
     images, labels = _with_frames(images, image_labels, clips, clip_labels)
-    trained = {"image": _fit_encoder("image", mini.ImageEncoder(), images.permute(0, 3, 1, 2), labels, recipe, seed, log)}
+    trained = {"image": _fit_encoder("image", images.permute(0, 3, 1, 2), labels, recipe, seed, log)}
     sounds, labels = _rendered("audio", recipe.sounds, seed)
-    trained["audio"] = _fit_encoder("audio", mini.AudioEncoder(), mini.log_mel(sounds), labels, recipe, seed, log)
+    trained["audio"] = _fit_encoder("audio", mini.log_mel(sounds), labels, recipe, seed, log)
     clouds, labels = _rendered("point", recipe.clouds, seed)
-    trained["point"] = _fit_encoder("point", mini.PointEncoder(), mini.group_points(clouds), labels, recipe, seed, log)
+    trained["point"] = _fit_encoder("point", mini.group_points(clouds), labels, recipe, seed, log)
     return trained
 
 
@@ -277,42 +277,35 @@ def _with_frames(
 
 def _fit_encoder(
     modality: str,
-    encoder: nn.Module,
     inputs: Tensor,
     labels: Mapping[str, Tensor],
     recipe: BaseRecipe,
     seed: int,
     log: Log,
 ) -> dict[str, Tensor]:
-    """Train network and probe; the probe's accuracy on a held-out twentieth is logged.
-
-    The mini encoders stay in evaluation mode when asked to train, as frozen encoders must; here their network alone is
-    switched.
-    """
+    """Train encoder and probe; the loss on a held-out twentieth is logged."""
     torch.manual_seed(seeds.derive(seed, "base", "encoder", modality))
-    network = mini.fresh_network(modality)
-    with torch.no_grad():
-        width, tokens = network(inputs[:2]).shape[2], network(inputs[:2]).shape[1]
-    probe = Probe(modality, width, tokens)
-    parameters = [*network.parameters(), *probe.parameters()]
+    encoder = ENCODERS.get(f"mini-{modality}")()
+    probe = Probe(modality, encoder.width, encoder.tokens)
+    parameters = [*encoder.parameters(), *probe.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.encoder_lr, weight_decay=0.01, fused=True)
     rng = seeds.rng(seed, "base", "encoder", modality, "order")
     shuffled = rng.permutation(len(inputs))
     held, train = shuffled[: len(inputs) // 20], shuffled[len(inputs) // 20 :]
     steps, step = recipe.encoder_epochs * math.ceil(len(train) / 64), 0
     for epoch in range(recipe.encoder_epochs):
-        network.train()
+        nn.Module.train(encoder)  # an Encoder's own train() keeps it in evaluation mode, as frozen encoders must be
         for chosen in np.array_split(rng.permutation(train), math.ceil(len(train) / 64)):
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimiser.param_groups:
                 group["lr"] = recipe.encoder_lr * min(1, (step + 1) / 50) * (cosine + 0.01)
-            loss = probe.loss(network(inputs[chosen]), {name: values[chosen] for name, values in labels.items()})
+            loss = probe.loss(encoder(inputs[chosen]), {name: values[chosen] for name, values in labels.items()})
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             step += 1
-        network.eval()
+        encoder.eval()
         with torch.no_grad():
-            loss = probe.loss(network(inputs[held]), {name: values[held] for name, values in labels.items()})
+            loss = probe.loss(encoder(inputs[held]), {name: values[held] for name, values in labels.items()})
         log(f"{modality} encoder epoch {epoch + 1}/{recipe.encoder_epochs}: held-out loss {loss.item():.3f}")
-    return network.state_dict()
+    return encoder.state_dict()

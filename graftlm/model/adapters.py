@@ -45,6 +45,7 @@ class StageAdapter:
         dtype: working dtype.
 
     Attributes:
+        dtype: working dtype of the LLM.
         ledger: one entry per fold. To be read; `fold`, `restore` and `set_ledger` change it.
 
     Raises:
@@ -59,7 +60,7 @@ class StageAdapter:
         self.ledger: list[LedgerEntry] = []
         self._llm = llm
         self._lora = lora
-        self._dtype = dtype
+        self.dtype = dtype
         self._base = BaseWeights(base_folder)
         self._stage: LoraStage | FullStage | None = None
         self._in_previous = False
@@ -190,7 +191,7 @@ class StageAdapter:
         """
         self._expect_closed("dense_state")
         for name, _ in self._llm.named_parameters():
-            yield name, self._before(name).to("cpu", dtype or self._dtype)
+            yield name, self._before(name).to("cpu", dtype or self.dtype)
 
     def export_peft(self, folder: Path, entry: LedgerEntry) -> None:
         """Write a low-rank entry as PEFT does: ``PeftModel.from_pretrained(llm, folder)`` adds it to an LLM.

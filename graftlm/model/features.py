@@ -6,6 +6,7 @@ end bit by bit like one that was not.
 """
 
 import sqlite3
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class FeatureCache:
         self._size = 0
         self._digests: dict[tuple[str, int, int], str] = {}
         self._files: dict[str, sqlite3.Connection] = {}
-        self._fingerprints: dict[int, str] = {}
+        self._fingerprints: weakref.WeakKeyDictionary[Encoder, str] = weakref.WeakKeyDictionary()
 
     def get(self, encoder: Encoder, items: Sequence[Media]) -> Tensor:
         """Features of the items, Float (N, L, E) on the CPU.
@@ -52,7 +53,9 @@ class FeatureCache:
         Raises:
             DataError: a file cannot be read.
         """
-        name = self._fingerprints.setdefault(id(encoder), encoder.fingerprint())
+        name = self._fingerprints.get(encoder)
+        if name is None:
+            name = self._fingerprints[encoder] = encoder.fingerprint()
         return torch.stack([self._one(encoder, name, item) for item in items])
 
     def digest(self, item: Media) -> str:

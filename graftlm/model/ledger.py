@@ -121,7 +121,8 @@ class BaseWeights:
         if name in self._copies:
             return self._copies[name].to(device, torch.float32, copy=True)
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name).to(device, torch.float32, copy=True)
+            tensor: Tensor = file.get_tensor(name)
+        return tensor.to(device, torch.float32, copy=True)
 
     def _on_file(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether the file holds this very weight; the first row is compared, so that checking costs no reading."""

@@ -100,7 +100,7 @@ class LoraStage:
             _factors(layer)[1].mul_(weight)
 
     def merged(self, rule: Rule, settings: Mapping[str, float], before: Before) -> dict[str, Tensor]:
-        """What the rule makes of the stage, as tensors of a ledger entry: factors, or dense updates without such a form."""
+        """What the rule makes of the stage, as tensors of a ledger entry: factors, or dense updates."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
             scale = float(layer.scaling[NAME])

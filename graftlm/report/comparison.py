@@ -1,7 +1,7 @@
 """Several runs as one: means and spreads over seeds and orders, and what differs between the runs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graftlm.report.figures import Series
 from graftlm.report.reading import MethodResult, Run, flatten
@@ -94,7 +94,8 @@ def _result(name: str, runs: Sequence[Run]) -> tuple[Cell, Cell, Cell]:
     inner = [method.std for method in results if method.std is not None]
     each = ", ".join(number(value) for value in means)
     within = mean_std(inner)[0] if inner else None
-    return Cell(number(mean), title=f"runs: {each}"), Cell(spread(std)), Cell(spread(within))
+    some = f"{len(means)} of {len(runs)} runs" if len(means) < len(runs) else ""
+    return Cell(number(mean), below=some, title=f"runs: {each}"), Cell(spread(std)), Cell(spread(within))
 
 
 def _probes(name: str, runs: Sequence[Run], probes: Sequence[str]) -> tuple[Cell, ...]:
@@ -114,7 +115,7 @@ def _best(rows: Rows) -> Rows:
         for i, (mean, outer, inner) in enumerate(results):
             column = [other[i][0].text for _, other, _ in rows if other[i][0].text != DASH]
             best = mean.text != DASH and float(mean.text) == max(map(float, column))
-            cells.append((Cell(mean.text, title=mean.title, best=best), outer, inner))
+            cells.append((replace(mean, best=best), outer, inner))
         marked.append((name, tuple(cells), probes))
     return tuple(marked)
 

@@ -214,14 +214,16 @@ def _curve(frame: _Frame, line: Series, stages: Sequence[str], end: float) -> st
     parts = [_open(line)]
     for i, (low, high) in enumerate(zip(line.low, line.high, strict=True)):
         if low is not None and high is not None and high > low:
-            x = f'x1="{frame.x(i):.1f}" x2="{frame.x(i):.1f}"'
-            parts.append(f'<line class="spread" {x} y1="{frame.y(low):.1f}" y2="{frame.y(high):.1f}"/>')
+            across = f'x1="{frame.x(i):.1f}" x2="{frame.x(i):.1f}"'
+            parts.append(f'<line class="spread" {across} y1="{frame.y(low):.1f}" y2="{frame.y(high):.1f}"/>')
     parts.append(f'<path class="curve" d="M{path}"/>')
     for i, value in places:
         tip = f"{line.name}, stage {i + 1} ({stages[i]}): {value:.2f} %"
         parts.append(f'<g class="point"><title>{escape(tip)}</title>{_marker(line, frame.x(i), frame.y(value))}</g>')
-    x, y = frame.x(places[-1][0]), frame.y(places[-1][1])
+    last_x, last_y = frame.x(places[-1][0]), frame.y(places[-1][1])
     key = frame.right + 18
-    parts.append(f'<path class="leader" d="M{x + 7:.1f} {y:.1f}L{key - 8:.1f} {end:.1f}"/>{_marker(line, key, end)}')
+    parts.append(
+        f'<path class="leader" d="M{last_x + 7:.1f} {last_y:.1f}L{key - 8:.1f} {end:.1f}"/>{_marker(line, key, end)}'
+    )
     parts.append(_text(key + 10, end + 4.5, _short(line.name), "name", "start"))
     return "".join(parts) + "</g>"

@@ -24,12 +24,12 @@ __all__ = ["Budget", "Shown", "show"]
 Kind = Literal["image", "video", "audio", "point", "note"]
 Floats = npt.NDArray[np.float32]
 
-KINDS: Mapping[str, Kind] = (
-    dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), "image")
-    | dict.fromkeys((".mp4", ".avi", ".mkv", ".webm", ".mov"), "video")
-    | dict.fromkeys((".wav", ".flac", ".ogg", ".mp3"), "audio")
-    | dict.fromkeys((".ply", ".npy", ".npz"), "point")
-)
+SUFFIXES: Mapping[Kind, tuple[str, ...]] = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"),
+    "video": (".mp4", ".avi", ".mkv", ".webm", ".mov"),
+    "audio": (".wav", ".flac", ".ogg", ".mp3"),
+    "point": (".ply", ".npy", ".npz"),
+}
 SIDE = 320
 """Longest side of a picture, pixels."""
 FRAMES, SECONDS, RATE, POINTS = 16, 10, 16_000, 1536
@@ -88,7 +88,7 @@ def show(modality: str, path: Path) -> Shown:
     """One media file, made small; a missing or damaged one becomes a note that says so."""
     if not path.is_file():
         return Shown("note", modality, path.name, f"media missing: {path.name}")
-    kind = KINDS.get(path.suffix.lower())
+    kind = next((kind for kind, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), "note")
     try:
         match kind:
             case "image":
@@ -137,7 +137,7 @@ def _video(modality: str, path: Path) -> Shown:
         every, count, frames = max(1, stream.frames // (2 * FRAMES)), 0, []
         for count, frame in enumerate(container.decode(stream), 1):
             if (count - 1) % every == 0:
-                frames.append(_small(frame.to_image(), 240))
+                frames.append(_small(Image.fromarray(frame.to_ndarray(format="rgb24")), 240))
         seconds = count / float(stream.average_rate or 4)
     if not frames:
         raise DataError(f"{path}: a video without frames - at least one was expected - replace the file.")
@@ -181,6 +181,8 @@ def _points(modality: str, path: Path) -> Shown:
     cloud: Floats = load_points(path).numpy()
     keep = np.linspace(0, len(cloud) - 1, min(POINTS, len(cloud))).astype(int)
     xyz, rgb = cloud[keep, :3], cloud[keep, 3:6]
+    if not rgb.any():  # a file without colours reads as black, on a dark ground
+        rgb = np.full_like(rgb, 0.8)
     # Centred, the farthest point on the unit ball: any rotation stays in view.
     unit = xyz - (xyz.min(axis=0) + xyz.max(axis=0)) / 2
     unit = unit / max(float(np.linalg.norm(unit, axis=1).max()), 1e-9)

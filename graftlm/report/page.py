@@ -121,15 +121,12 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
     groups = []
     for group in comparison.groups:
         kinds = (("Backward gain", group.backward), ("Forward gain", group.forward))
-        groups.append(
-            (
-                group.title,
-                [
-                    (kind, figures.curves(f"{kind} per stage, {group.title}", _describe(lines), group.stages, lines))
-                    for kind, lines in kinds
-                ],
-            )
-        )
+        view = [v for _, lines in kinds for line in lines for v in line.values if v is not None]
+        figure = [
+            (kind, figures.curves(f"{kind} per stage, {group.title}", _describe(lines), group.stages, lines, view=view))
+            for kind, lines in kinds
+        ]
+        groups.append((group.title, figure))
     return {
         "title": " / ".join(dict.fromkeys(run.name for run in comparison.runs)),
         "lead": f"{count} runs, {orders}. Numbers are means over runs ± their sample standard deviation.",

@@ -15,8 +15,8 @@ __all__ = ["Answer", "Item", "TaskSamples", "choose"]
 
 LONGEST = 220
 """Characters of a text that are shown."""
-BEST = {"cider": 10.0}
-"""The score of a perfect item per metric; 1 for those that are not named."""
+GRADED = frozenset({"cider"})
+"""Metrics without a right or wrong: an item is judged beside the expert's average."""
 
 Mark = Literal["right", "wrong", "partial", "unknown"]
 
@@ -26,8 +26,9 @@ class Answer:
     """One output beside its references.
 
     Attributes:
-        note: the item's score where it is not simply right or wrong.
-        share: the score as a share of the best one, 0 to 1.
+        mark: for graded metrics, "right" is at least the expert's average, "wrong" less than a tenth of it.
+        note: the item's score, as the task's scores are printed, where it is not simply right or wrong.
+        share: from nothing (0) to right (1).
     """
 
     text: str
@@ -66,11 +67,24 @@ class TaskSamples:
 
 @dataclass(frozen=True)
 class _Said:
-    """All predictions of one model for one task: sample id -> (line, score)."""
+    """All predictions of one model for one task: sample id -> line, and score on the metric's scale of items."""
 
     lines: Mapping[str, Mapping[str, Any]]
     scores: Mapping[str, float | None]
     metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class _Standard:
+    """What counts as right: an item's score of ``level``, which prints as ``printed``."""
+
+    level: float = 1.0
+    printed: float = 1.0
+    graded: bool = False
+
+    def share(self, score: float) -> float:
+        return min(1.0, score / self.level)
 
 
 def choose(run: Run, count: int) -> list[TaskSamples]:
@@ -95,14 +109,16 @@ def _choose_task(run: Run, stage: str, task: str, count: int) -> TaskSamples:
     expert = _read(run.folder / "experts" / stage if stage else None, task)
     everyone = [expert, *(column for each in said.values() for column in each)]
     known = dict.fromkeys(id_ for column in everyone for id_ in column.lines)
-    order = sorted(known, key=lambda id_: (-_disagreement(said, id_), derive(0, task, id_)))
-    metric = next((s.metric for s in everyone if s.metric), "")
-    return TaskSamples(task, stage, metric, tuple(columns), tuple(_item(id_, said, expert) for id_ in order[:count]))
+    metric = next((column.metric for column in everyone if column.metric), "")
+    standard = _standard(everyone, metric)
+    order = sorted(known, key=lambda id_: (-_disagreement(everyone[1:], id_, standard), derive(0, task, id_)))
+    items = tuple(_item(id_, said, expert, standard) for id_ in order[:count])
+    return TaskSamples(task, stage, metric, tuple(columns), items)
 
 
 def _read(folder: Path | None, task: str) -> _Said:
     if folder is None:
-        return _Said({}, {}, "")
+        return _Said({}, {}, "", 0.0)
     lines = {str(line.get("sample_id")): line for line in read_jsonl(folder / "predictions" / f"{task}.jsonl")}
     path = folder / "scores.json"
     entry = read_json(path).get(task, {}) if path.exists() else {}
@@ -110,61 +126,71 @@ def _read(folder: Path | None, task: str) -> _Said:
     path = folder / "items.json"
     given = read_json(path).get(task, {}) if path.exists() else {}
     scores = given if isinstance(given, Mapping) else dict(zip(lines, given, strict=False))
-    return _Said(lines, {id_: _score(line, scores.get(id_), metric) for id_, line in lines.items()}, metric)
+    judged = {id_: _score(line, scores.get(id_), metric) for id_, line in lines.items()}
+    return _Said(lines, judged, metric, entry.get("value") or 0.0)
 
 
 def _score(line: Mapping[str, Any], given: Any, metric: str) -> float | None:
-    """The item's score in [0, 1]; without a given one, whether the output is one of the references."""
+    """The item's score; without a given one, whether the output is one of the references."""
     if isinstance(given, int | float) and isfinite(given):
-        return min(1.0, float(given) / BEST.get(metric, 1.0))
-    if _plain(line.get("output", "")) in map(_plain, line.get("references", ())):
-        return 1.0
-    return None if metric in BEST else 0.0
+        return float(given)
+    if metric in GRADED:
+        return None
+    return float(_plain(line.get("output", "")) in map(_plain, line.get("references", ())))
+
+
+def _standard(everyone: Sequence[_Said], metric: str) -> _Standard:
+    """For a graded metric the average of the first model that has scores: the expert, unless it is not there."""
+    if metric not in GRADED:
+        return _Standard()
+    for said in everyone:
+        scores = [score for score in said.scores.values() if score is not None]
+        if any(scores):
+            level = sum(scores) / len(scores)
+            return _Standard(level, said.value or level, graded=True)
+    return _Standard(graded=True)
 
 
 def _plain(text: object) -> str:
     return " ".join(re.findall(r"\w+", str(text).lower()))
 
 
-def _disagreement(said: Mapping[str, Sequence[_Said]], sample_id: str) -> float:
+def _disagreement(everyone: Sequence[_Said], sample_id: str, standard: _Standard) -> float:
     """Variance of the item's scores, plus a little for every different output."""
-    present = [column for columns in said.values() for column in columns if sample_id in column.lines]
-    scores = [score for column in present if (score := column.scores[sample_id]) is not None]
-    mean = sum(scores) / len(scores) if scores else 0.0
-    variance = sum((score - mean) ** 2 for score in scores) / len(scores) if scores else 0.0
-    outputs = {_plain(column.lines[sample_id].get("output", "")) for column in present}
+    present = [said for said in everyone if sample_id in said.lines]
+    shares = [standard.share(score) for said in present if (score := said.scores[sample_id]) is not None]
+    mean = sum(shares) / len(shares) if shares else 0.0
+    variance = sum((share - mean) ** 2 for share in shares) / len(shares) if shares else 0.0
+    outputs = {_plain(said.lines[sample_id].get("output", "")) for said in present}
     return variance + 0.01 * len(outputs)
 
 
-def _item(sample_id: str, said: Mapping[str, Sequence[_Said]], expert: _Said) -> Item:
-    rows = tuple((name, tuple(_answer(column, sample_id) for column in columns)) for name, columns in said.items())
-    line = next(
-        column.lines[sample_id]
-        for column in [expert, *(column for columns in said.values() for column in columns)]
-        if sample_id in column.lines
-    )
+def _item(sample_id: str, said: Mapping[str, Sequence[_Said]], expert: _Said, standard: _Standard) -> Item:
+    answers = {name: tuple(_answer(column, sample_id, standard) for column in each) for name, each in said.items()}
+    everyone = [expert, *(column for each in said.values() for column in each)]
+    line = next(column.lines[sample_id] for column in everyone if sample_id in column.lines)
     return Item(
         sample_id=sample_id,
         prompt=_clip(line.get("prompt", "")),
         references=tuple(_clip(text) for text in list(dict.fromkeys(map(str, line.get("references", ()))))[:5]),
         media=tuple(media for media in line.get("media") or () if isinstance(media, Mapping)),
-        expert=_answer(expert, sample_id),
-        rows=tuple((name, answers) for name, answers in rows if any(answers)),
+        expert=_answer(expert, sample_id, standard),
+        rows=tuple((name, each) for name, each in answers.items() if any(each)),
     )
 
 
-def _answer(said: _Said, sample_id: str) -> Answer | None:
+def _answer(said: _Said, sample_id: str, standard: _Standard) -> Answer | None:
     line = said.lines.get(sample_id)
     if line is None:
         return None
-    score = said.scores[sample_id]
-    text = _clip(line.get("output", ""))
+    text, score = _clip(line.get("output", "")), said.scores[sample_id]
     if score is None:
         return Answer(text, "unknown")
-    best = BEST.get(said.metric, 1.0)
-    mark: Mark = "right" if score >= 0.995 else "wrong" if score < 0.05 else "partial"
-    graded = mark == "partial" or said.metric in BEST
-    return Answer(text, mark, f"{score * best:.1f}" if graded else "", score)
+    share = standard.share(score)
+    mark: Mark = "right" if share >= 0.995 else "wrong" if share < 0.1 else "partial"
+    printed = score / standard.level * standard.printed
+    note = f"{printed:.0f}" if standard.graded else f"{printed:.2f}" if mark == "partial" else ""
+    return Answer(text, mark, note, share)
 
 
 def _clip(text: object) -> str:

@@ -3,12 +3,18 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
 from graftlm.report import page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs the playwright package")
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+Opened = tuple["Page", list[str]]
 
 CHROMIUM = Path(os.environ.get("GRAFTLM_CHROMIUM", "/usr/bin/chromium"))
 FLAGS = [
@@ -35,7 +41,7 @@ INKED = """canvas => {
 
 
 @pytest.fixture(scope="module")
-def opened(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple["playwright.Page", list[str]]]:
+def opened(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     """The page in Chromium, and everything it complained about or asked for."""
     path = page.write(finished, tmp_path_factory.mktemp("browser") / "report.html")
     noticed: list[str] = []
@@ -44,15 +50,14 @@ def opened(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
         tab.on("console", lambda message: noticed.append(f"console: {message.text}"))
         tab.on("pageerror", lambda error: noticed.append(f"error: {error}"))
-        tab.on("dialog", lambda dialog: (noticed.append("dialog"), dialog.dismiss()))
-        tab.on("request", lambda request: noticed.append(request.url) if not request.url.startswith("data:") else None)
+        tab.on("request", lambda request: noticed.extend([request.url] * (not request.url.startswith("data:"))))
         tab.goto(path.as_uri())
         noticed.remove(path.as_uri())
         yield tab, noticed
         browser.close()
 
 
-def test_text_and_curves_are_visible(opened: tuple["playwright.Page", list[str]]) -> None:
+def test_text_and_curves_are_visible(opened: Opened) -> None:
     tab, _ = opened
     assert tab.title() == "mera-miniworld · graftlm"
     assert tab.get_by_text("mera10 keeps 98.6 % of what experts reach").is_visible()
@@ -66,7 +71,7 @@ def test_text_and_curves_are_visible(opened: tuple["playwright.Page", list[str]]
         assert box["width"] > 200
 
 
-def test_line_is_singled_out_when_pointed_at(opened: tuple["playwright.Page", list[str]]) -> None:
+def test_line_is_singled_out_when_pointed_at(opened: Opened) -> None:
     tab, _ = opened
     chart = tab.locator("svg.curves").first
     chart.scroll_into_view_if_needed()
@@ -76,7 +81,7 @@ def test_line_is_singled_out_when_pointed_at(opened: tuple["playwright.Page", li
     assert chart.locator(".series.chosen").count() == 0
 
 
-def test_point_cloud_is_drawn_and_turns(opened: tuple["playwright.Page", list[str]]) -> None:
+def test_point_cloud_is_drawn_and_turns(opened: Opened) -> None:
     tab, _ = opened
     canvas = tab.locator("canvas[data-points]").first
     canvas.scroll_into_view_if_needed()
@@ -91,13 +96,13 @@ def test_point_cloud_is_drawn_and_turns(opened: tuple["playwright.Page", list[st
     assert canvas.evaluate("canvas => canvas.toDataURL()") != before
 
 
-def _middle(element: "playwright.Locator") -> tuple[float, float]:
+def _middle(element: "Locator") -> tuple[float, float]:
     box = element.bounding_box()
     assert box is not None
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
-def test_media_load(opened: tuple["playwright.Page", list[str]]) -> None:
+def test_media_load(opened: Opened) -> None:
     tab, _ = opened
     tab.wait_for_function("[...document.querySelectorAll('audio')].every(a => a.duration > 0.9 && a.duration < 1.1)")
     assert tab.locator("audio").count() == 8
@@ -107,9 +112,7 @@ def test_media_load(opened: tuple["playwright.Page", list[str]]) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [420, 1280])
-def test_fits_the_window_in_light_and_dark(
-    opened: tuple["playwright.Page", list[str]], scheme: str, width: int
-) -> None:
+def test_fits_the_window_in_light_and_dark(opened: Opened, scheme: Literal["light", "dark"], width: int) -> None:
     tab, _ = opened
     tab.emulate_media(color_scheme=scheme)
     tab.set_viewport_size({"width": width, "height": 900})
@@ -118,7 +121,7 @@ def test_fits_the_window_in_light_and_dark(
     assert (tab.evaluate(luminance) < 200) == (scheme == "dark")
 
 
-def test_nothing_went_wrong_and_nothing_was_asked_for(opened: tuple["playwright.Page", list[str]]) -> None:
+def test_nothing_went_wrong_and_nothing_was_asked_for(opened: Opened) -> None:
     tab, noticed = opened
     tab.wait_for_timeout(200)
     assert noticed == []

@@ -1,5 +1,7 @@
 """Figures, tables, samples and reading, each by itself."""
 
+import base64
+import json
 import math
 import re
 from itertools import pairwise
@@ -110,8 +112,32 @@ def test_without_item_scores_equal_text_is_right(finished: Path, tmp_path: Path,
         for answer in answers
         if answer
     }
-    assert caption <= {"right", "unknown"}
+    assert caption == {"unknown"}
     assert short <= {"right", "wrong"}
+
+
+@pytest.mark.parametrize("unit", [1, 100])
+def test_captions_are_judged_beside_the_expert(tmp_path: Path, make_run: object, unit: int) -> None:
+    assert callable(make_run)
+    folder = make_run(tmp_path / "run", order=("image",), methods=("finetune",), stages_done=1)
+    cells = {
+        folder / "methods" / "finetune" / "1-image": [2.5, 1.0, 0.5, 0.1, 0, 0.9],
+        folder / "experts" / "image": [1.0] * 6,
+    }
+    for cell, scores in cells.items():
+        items = json.loads((cell / "items.json").read_text())
+        (cell / "items.json").write_text(json.dumps(items | {"coco": [unit * score for score in scores]}))
+    samples = next(samples for samples in choose(read_run(folder), 6) if samples.task == "coco")
+    said = {item.sample_id: item.rows[0][1][0] for item in samples.items}
+    marks = [(answer.mark, answer.note) for i in range(6) if (answer := said[f"coco-{i}"])]
+    assert marks == [
+        ("right", "252"),
+        ("right", "101"),
+        ("partial", "50"),
+        ("partial", "10"),
+        ("wrong", "0"),
+        ("partial", "91"),
+    ]
 
 
 def test_large_pictures_and_long_sounds_become_small(tmp_path: Path) -> None:
@@ -123,6 +149,15 @@ def test_large_pictures_and_long_sounds_become_small(tmp_path: Path) -> None:
     sound = media.show("audio", tmp_path / "long.wav")
     assert sound.text == "12.0 s, the first 10 s"
     assert sound.size < 450_000
+
+
+def test_cloud_without_colours_is_grey(tmp_path: Path) -> None:
+    np.save(tmp_path / "grey.npy", np.random.default_rng(0).normal(size=(5000, 3)).astype(np.float32))
+    shown = media.show("point", tmp_path / "grey.npy")
+    points = np.frombuffer(base64.b64decode(shown.points), dtype=np.uint8).reshape(-1, 6)
+    assert len(points) == media.POINTS
+    assert (points[:, 3:] == 204).all()
+    assert np.linalg.norm(points[:, :3] / 127.5 - 1, axis=1).max() <= 1.01
 
 
 def test_unknown_and_damaged_files_become_notes(tmp_path: Path) -> None:

@@ -1,0 +1,155 @@
+"""Media files as float32 tensors: Pillow, PyAV, soundfile, and a small reader of point clouds.
+
+A file that is missing, cut short or of another kind is a `DataError` that names it.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftlm.core.errors import DataError
+
+__all__ = ["load_audio", "load_frames", "load_image", "load_points"]
+
+HEADER_LIMIT = 65536
+"""A PLY header longer than this is not one."""
+
+PLY_TYPES = {
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4", "double": "f8",
+    "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4",
+    "float64": "f8",
+}  # fmt: skip
+
+
+def load_image(path: Path, size: int | None = None) -> Tensor:
+    """A picture, Float (3, H, W) in [0, 1]; resized to ``size`` x ``size`` (bicubic) if that is given and differs."""
+    from PIL import Image
+
+    _expect_file(path, "image")
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+            if size is not None and rgb.size != (size, size):
+                rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+            array = np.asarray(rgb, dtype=np.float32)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _corrupt(path, "image", error) from error
+    return torch.from_numpy(array / 255).permute(2, 0, 1).contiguous()
+
+
+def load_frames(path: Path, count: int, size: int | None = None) -> Tensor:
+    """``count`` frames of a clip, sampled uniformly, Float (count, 3, H, W) in [0, 1]; a short clip repeats frames."""
+    import av
+    from PIL import Image
+
+    _expect_file(path, "video")
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # the same bytes on every machine and at every load
+            frames = [frame.to_image() for frame in container.decode(stream)]
+    except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
+        raise _corrupt(path, "video", error) from error
+    if not frames:
+        raise DataError(f"{path}: no frame in this video. At least one is expected; restore the file, or use skip_bad=true.")
+    chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+    if size is not None:
+        chosen = [f if f.size == (size, size) else f.resize((size, size), Image.Resampling.BICUBIC) for f in chosen]
+    array = np.stack([np.asarray(frame.convert("RGB"), dtype=np.float32) for frame in chosen])
+    return torch.from_numpy(array / 255).permute(0, 3, 1, 2).contiguous()
+
+
+def load_audio(path: Path, rate: int) -> Tensor:
+    """A sound in mono at ``rate`` samples per second, Float (T,)."""
+    import soundfile
+    import soxr
+
+    _expect_file(path, "audio")
+    try:
+        wave, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise _corrupt(path, "audio", error) from error
+    if not len(wave):
+        raise DataError(f"{path}: no sample in this sound. At least one is expected; restore the file, or use skip_bad=true.")
+    mono = wave.mean(axis=1)
+    return torch.from_numpy(mono if own_rate == rate else soxr.resample(mono, own_rate, rate).astype(np.float32))
+
+
+def load_points(path: Path) -> Tensor:
+    """A point cloud, Float (P, 6): x, y, z, and red, green, blue in [0, 1] (zero where the file has no colour)."""
+    _expect_file(path, "point cloud")
+    if path.suffix == ".ply":
+        return _read_ply(path)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        array = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
+        points = np.asarray(array, dtype=np.float32)
+    except (OSError, ValueError, IndexError, EOFError) as error:
+        raise _corrupt(path, "point cloud", error) from error
+    if points.ndim != 2 or points.shape[1] not in (3, 6) or not len(points):
+        raise DataError(f"{path}: an array of shape {points.shape}; (P, 3) or (P, 6) is expected.")
+    if points.shape[1] == 3:
+        points = np.concatenate([points, np.zeros_like(points)], axis=1)
+    return torch.from_numpy(points.copy())
+
+
+def _read_ply(path: Path) -> Tensor:
+    data = path.read_bytes()
+    end = re.search(rb"end_header\r?\n", data[:HEADER_LIMIT])
+    if not data.startswith(b"ply") or end is None:
+        raise _corrupt(path, "PLY file", "no header")
+    header = data[: end.end()].decode("ascii", "replace").split("\n")
+    words = [line.split() for line in header if line.strip()]
+    form = next((w[1] for w in words if w[0] == "format" and len(w) > 1), "")
+    elements = [w for w in words if w[0] == "element"]
+    if not elements or elements[0][1:2] != ["vertex"] or len(elements[0]) != 3 or not elements[0][2].isdigit():
+        raise _corrupt(path, "PLY file", "its first element is not 'vertex' with a count")
+    count = int(elements[0][2])
+    start = words.index(elements[0])
+    stop = words.index(elements[1]) if len(elements) > 1 else len(words)
+    properties = [w for w in words[start:stop] if w[0] == "property"]
+    if any(len(w) != 3 or w[1] not in PLY_TYPES for w in properties):
+        raise _corrupt(path, "PLY file", "a vertex property is not a plain number")
+    dtype = np.dtype([(w[2], "<" + PLY_TYPES[w[1]]) for w in properties])
+    body = data[end.end() :]
+    try:
+        if form == "binary_little_endian":
+            if count * dtype.itemsize > len(body):
+                raise ValueError(f"{count} points of {dtype.itemsize} bytes, but only {len(body)} bytes follow")
+            vertices = {name: np.frombuffer(body, dtype, count)[name] for name in dtype.names or ()}
+        elif form == "ascii":
+            lines = body.split(b"\n", count)[:count]
+            if len(lines) < count or (count and not lines[-1].strip()):
+                raise ValueError(f"{count} points, but only {len(lines)} lines follow")
+            table = np.array([line.split()[: len(properties)] for line in lines], dtype=np.float64)
+            vertices = {name: table[:, i] for i, name in enumerate(dtype.names or ())}
+        else:
+            raise ValueError(f"format '{form}'; ascii or binary_little_endian is expected")
+        position = np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], axis=1)
+    except (ValueError, KeyError, IndexError) as error:
+        raise _corrupt(path, "PLY file", error) from error
+    if not count:
+        raise _corrupt(path, "PLY file", "no point")
+    color = np.zeros_like(position)
+    if {"red", "green", "blue"} <= set(vertices):
+        color = np.stack([vertices[c].astype(np.float32) for c in ("red", "green", "blue")], axis=1)
+        color = color / 255 if dtype["red"].kind in "iu" else color
+    points = np.concatenate([position, color], axis=1)
+    if not np.isfinite(points).all():
+        raise _corrupt(path, "PLY file", "a coordinate is not finite")
+    return torch.from_numpy(points)
+
+
+def _expect_file(path: Path, kind: str) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: this {kind} is missing. Restore the file, or leave its samples out with skip_bad=true.")
+    if os.path.getsize(path) == 0:
+        raise DataError(f"{path}: this {kind} is empty. Restore the file, or leave its samples out with skip_bad=true.")
+
+
+def _corrupt(path: Path, kind: str, error: object) -> DataError:
+    return DataError(f"{path}: corrupt {kind} ({error}). Restore the file, or leave its samples out with skip_bad=true.")

@@ -1,0 +1,22 @@
+"""Data sets: one file each, read as they are distributed. This table is the room's contents."""
+
+from graftlm.core.registry import Registry
+
+__all__ = ["TASKS"]
+
+TASKS = Registry(
+    "data set",
+    {
+        "coco": "graftlm.data.tasks.coco:load",
+        "okvqa": "graftlm.data.tasks.okvqa:load",
+        "msvd": "graftlm.data.tasks.msvd:load",
+        "msvd_qa": "graftlm.data.tasks.msvd_qa:load",
+        "audiocaps": "graftlm.data.tasks.audiocaps:load",
+        "clotho_aqa": "graftlm.data.tasks.clotho_aqa:load",
+        "cap3d": "graftlm.data.tasks.cap3d:load",
+        "cap3d_qa": "graftlm.data.tasks.cap3d_qa:load",
+        "mcub": "graftlm.data.tasks.mcub:load",
+        "instructions": "graftlm.data.tasks.instructions:load",
+    },
+    "graftlm.tasks",
+)

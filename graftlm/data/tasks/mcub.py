@@ -1,0 +1,39 @@
+"""MCUB-4: one question over a picture, a clip, a sound and a point cloud, answered by a letter. A test only.
+
+Paper:   Chen et al., Model Composition for Multimodal Large Language Models, ACL 2024, arXiv:2402.12750.
+Files:   ``MCUB-4.json``: ``{id, modal_inputs: {vision, video, audio, point: [path]}, conversations}``; options are part of
+    the question, the gold letter is the last turn.
+Differs: nothing.
+"""
+
+from pathlib import Path
+
+from graftlm.data.tasks.reading import inside, read_json, task
+from graftlm.data.types import Media, Sample, Task
+
+__all__ = ["load"]
+
+MODALITIES = {"vision": "image", "video": "video", "audio": "audio", "point": "point"}
+
+
+def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: str = "mcub") -> Task:
+    """Read the data set; it has no training samples."""
+    samples = []
+    for each in read_json(root / "MCUB-4.json"):
+        media = tuple(
+            Media(MODALITIES[key], inside(root, path)) for key, paths in each["modal_inputs"].items() for path in paths
+        )
+        question, answer = each["conversations"][0]["value"], each["conversations"][-1]["value"]
+        samples.append(Sample(str(each["id"]), name, media, question, (answer,)))
+    splits: list[list[Sample]] = [[], [], samples]
+    return task(
+        name,
+        "choice",
+        tuple(MODALITIES.values()),
+        "letter",
+        splits,
+        root=root,
+        skip_bad=skip_bad,
+        limit=limit,
+        max_new_tokens=4,
+    )

@@ -1,0 +1,64 @@
+"""OK-VQA: questions about COCO pictures, ten answers each.
+
+Paper:   Marino et al., OK-VQA, CVPR 2019, arXiv:1906.00067. Use: MERA, arXiv:2503.07663, App. B.
+Files:   ``OpenEnded_mscoco_{train,val,test}2014_questions.json``, ``mscoco_{train,val,test}2014_annotations.json``;
+    pictures in the ``coco`` folder beside this one.
+Differs: training uses the most frequent answer; ``distinct_answers`` makes one sample per distinct answer, the likely
+    reading of MERA's 26K samples from 9,009 questions.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from graftlm.data.tasks.reading import inside, one, read_json, task
+from graftlm.data.types import Sample, Task
+
+__all__ = ["load"]
+
+
+def load(
+    root: Path,
+    *,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    name: str = "okvqa",
+    images: Path | None = None,
+    distinct_answers: bool = False,
+) -> Task:
+    """Read the data set.
+
+    Args:
+        images: folder with ``{train,val,test}2014``; by default ``coco`` beside ``root``.
+        distinct_answers: one training sample per distinct answer of a question.
+    """
+    pictures = images or root.parent / "coco"
+
+    def samples(split: str) -> list[Sample]:
+        answers = {
+            each["question_id"]: [answer["answer"] for answer in each["answers"]]
+            for each in read_json(root / f"mscoco_{split}2014_annotations.json")["annotations"]
+        }
+        found = []
+        for each in read_json(root / f"OpenEnded_mscoco_{split}2014_questions.json")["questions"]:
+            file = _picture(pictures, split, int(each["image_id"]))
+            media = one("image", file)
+            said = answers.get(each["question_id"], [])
+            ranked = [answer for answer, _ in Counter(said).most_common()]
+            targets = ranked if split == "train" and distinct_answers else ranked[:1]
+            for i, target in enumerate(targets):
+                key = str(each["question_id"]) if len(targets) == 1 else f"{each['question_id']}.{i}"
+                rest = list(said)
+                rest.remove(target)
+                found.append(Sample(key, name, media, each["question"], (target, *rest)))
+        return found
+
+    splits = [samples(s) for s in ("train", "val", "test")]
+    return task(
+        name, "qa", ("image",), "vqa", splits, root=root, skip_bad=skip_bad, limit=limit, max_new_tokens=10
+    )
+
+
+def _picture(pictures: Path, split: str, number: int) -> Path:
+    stem = inside(pictures, f"{split}2014", f"COCO_{split}2014_{number:012d}")
+    png = stem.with_suffix(".png")
+    return png if png.is_file() else stem.with_suffix(".jpg")

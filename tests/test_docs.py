@@ -33,7 +33,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     """Every ``graftlm`` command of the documents, from shell blocks and from inline code."""
     for page in PAGES:
         text = page.read_text()
-        lines = [line.partition(" #")[0].strip() for _, code in blocks(page, "sh", "bash") for line in code.splitlines()]
+        lines = [
+            line.partition(" #")[0].strip() for _, code in blocks(page, "sh", "bash") for line in code.splitlines()
+        ]
         lines += re.findall(r"`(graftlm [^`\n]+)`", FENCE.sub("", text))
         yield from ((page.name, shlex.split(line)[1:]) for line in lines if line.startswith("graftlm "))
 
@@ -97,7 +99,9 @@ def test_papers_page_names_every_method_and_rule() -> None:
     page = (ROOT / "docs" / "papers.md").read_text()
     files = [*(ROOT / "graftlm" / "methods").glob("*.py"), *(ROOT / "graftlm" / "evaluation" / "metrics").glob("*.py")]
     files += (ROOT / "graftlm" / "merging").glob("*.py")
-    missing = [name for path in files if path.stem != "__init__" and (name := f"{path.parent.name}/{path.name}") not in page]
+    missing = [
+        name for path in files if path.stem != "__init__" and (name := f"{path.parent.name}/{path.name}") not in page
+    ]
     assert not missing, f"docs/papers.md says nothing of {missing}"
 
 

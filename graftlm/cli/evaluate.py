@@ -9,12 +9,12 @@ from rich.table import Table
 
 from graftlm.cli.progress import listener
 from graftlm.cli.terminal import errors, output
-from graftlm.core.errors import CheckpointError, ConfigError, did_you_mean
-from graftlm.core.files import hash_file, hash_json, read_json
+from graftlm.core.errors import CheckpointError, ConfigError, RunError, did_you_mean
+from graftlm.core.files import hash_file, hash_json, read_json, write_json
 from graftlm.experiment.store import RunStore
 
 if TYPE_CHECKING:
-    from graftlm.data.types import Task
+    from graftlm.data.types import Sample, Task
 
 __all__ = ["evaluate"]
 
@@ -54,11 +54,12 @@ def evaluate(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = checkpoints.load(folder, device=device)
-    chosen = _choose(_answerable(_tasks(folder, data), list(model.specs)), tasks)
+    chosen = _choose(_answerable(_tasks(folder, data), list(model.specs), split), tasks)
     place = {"data": str(data), "split": split, "limit": limit, "model": hash_file(folder / MANIFEST)}
     target = out or Path("evals") / f"{folder.resolve().parent.name}-{hash_json(place)[:8]}"
+    _claim(target, place)
     progress = listener(errors())
-    sizes = [len(task.test if split == "test" else task.val) for task in chosen]
+    sizes = [len(_asked(task, split)) for task in chosen]
     progress.start(float(sum(sizes if limit is None else (min(limit, size) for size in sizes))))
     done: dict[str, int] = {}
 
@@ -73,6 +74,15 @@ def evaluate(
         progress.done()
     output().print(_table(read_json(target / "scores.json"), [task.name for task in chosen]))
     output().print(f"predictions and scores: {target}", markup=False, soft_wrap=True)
+
+
+def _claim(target: Path, place: Mapping[str, Any]) -> None:
+    """Refuse a folder with answers of another model or to other questions: they would be taken for this one's."""
+    path = target / "evaluation.json"
+    if path.is_file() and (there := read_json(path)) != place:
+        differing = ", ".join(key for key in place if there.get(key) != place[key])
+        raise RunError(f"{target}: another evaluation is in this folder ({differing} differ). Choose another --out.")
+    write_json(path, place)
 
 
 def _checkpoint(folder: Path) -> Path:
@@ -96,17 +106,22 @@ def _tasks(checkpoint: Path, data: Path | None) -> list["Task"]:
     elif (data / "world.json").is_file():
         stream = streams.miniworld(data, "sequential", long=(data / "second").is_dir())
     else:
-        found = [name for name in TASKS.table() if (data / name).is_dir()]
+        folders = {name: data / streams.FOLDERS.get(name, name) for name in TASKS.table()}
+        found = [name for name, folder in folders.items() if folder.is_dir()]
         if not found:
             raise ConfigError(f"--data {data}: no folder of a data set; one of {', '.join(TASKS.table())} is expected.")
-        tasks: list[Task] = [TASKS.get(name)(data / name) for name in found]
+        tasks: list[Task] = [TASKS.get(name)(folders[name]) for name in found]
         return tasks
     return [task for stage in stream.stages for task in stage.tasks] + list(stream.probes)
 
 
-def _answerable(tasks: Sequence["Task"], modalities: Sequence[str]) -> list["Task"]:
-    """The tasks whose modalities the model knows."""
-    return [task for task in tasks if set(task.modalities) <= set(modalities)]
+def _answerable(tasks: Sequence["Task"], modalities: Sequence[str], split: str) -> list["Task"]:
+    """The tasks whose modalities the model knows, with samples in the split."""
+    return [task for task in tasks if set(task.modalities) <= set(modalities) and _asked(task, split)]
+
+
+def _asked(task: "Task", split: str) -> Sequence["Sample"]:
+    return task.test if split == "test" else task.val
 
 
 def _choose(tasks: Sequence["Task"], names: str | None) -> list["Task"]:

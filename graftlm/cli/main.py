@@ -42,6 +42,7 @@ def main() -> int:
         The exit code; typer itself exits with 0, or with 2 on wrong usage.
 
     """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # inherited by workers; their bars would tear ours
     if os.environ.get(DEBUG):
         app()
     try:

@@ -11,7 +11,7 @@ from graftlm.cli.terminal import output
 from graftlm.experiment.spec import load
 
 if TYPE_CHECKING:
-    from graftlm.experiment.plan import Plan, StagePlan
+    from graftlm.experiment.plan import PhasePlan, Plan, StagePlan
 
 __all__ = ["plan"]
 
@@ -64,10 +64,16 @@ def _add(table: Table, stage: "StagePlan") -> None:
         )
         return
     for index, phase in enumerate(stage.phases):
-        trains = ", ".join(f"{part} {_count(n)}" for part, n in phase.trained.items())
         numbers = (f"{phase.samples:,}", f"{phase.steps:,}", _count(phase.tokens), _bytes(phase.memory_bytes))
         first = (what, f"{stage.number} {stage.stage}") if index == 0 else ("", "")
-        table.add_row(*first, phase.phase, trains, *numbers)
+        table.add_row(*first, phase.phase, _trains(phase), *numbers)
+
+
+def _trains(phase: "PhasePlan") -> str:
+    """Connectors together, then the LLM, each with its number of parameters."""
+    connectors = {part.removeprefix("connectors."): n for part, n in phase.trained.items() if part != "llm"}
+    groups = {", ".join(connectors): sum(connectors.values()), "llm": phase.trained.get("llm", 0)}
+    return "; ".join(f"{name} {_count(n)}" for name, n in groups.items() if n)
 
 
 def _notes(made: "Plan") -> list[str]:

@@ -43,7 +43,7 @@ class BaseRecipe:
 
     hidden: int = 128
     layers: int = 4
-    llm_steps: int = 3000
+    llm_steps: int = 5000
     llm_batch: int = 64
     llm_lr: float = 2e-3
     images: int = 6000
@@ -175,7 +175,7 @@ def _soften(notes: list[list[int]], rng: np.random.Generator) -> list[list[int]]
 
 
 def _text_loss(llm: LlamaForCausalLM, batch: Sequence[Item], context_weight: float = 0.15) -> Tensor:
-    """Cross-entropy of the answers, and a little of the hard tokens of the prompt."""
+    """Cross-entropy of the answers, averaged per answer, and a little of the hard tokens of the prompt."""
     sequences = [[*prompt, *([i] for i in answer)] for prompt, answer in batch]
     length, width = max(map(len, sequences)), max(len(soft) for s in sequences for soft in s)
     words = torch.full((len(batch), length, width), PAD)
@@ -195,8 +195,9 @@ def _text_loss(llm: LlamaForCausalLM, batch: Sequence[Item], context_weight: flo
     targets, is_answer = targets[:, 1:], is_answer[:, 1:]
     known = targets != -100
     losses = F.cross_entropy(llm.lm_head(hidden[known]), targets[known], reduction="none")
-    answers = is_answer[known]
-    return losses[answers].mean() + context_weight * losses.mean()
+    # every answer weighs the same, or one-letter answers would drown among captions
+    weight = (is_answer / is_answer.sum(1, keepdim=True))[known]
+    return (losses * weight).sum() / len(batch) + context_weight * losses.mean()
 
 
 # --- the encoders -----------------------------------------------------------------------------------------------------

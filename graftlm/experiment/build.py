@@ -1,11 +1,13 @@
 """From what an experiment file says to the objects of the rooms below."""
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from graftlm import methods as shelf
 from graftlm.core.errors import ConfigError, did_you_mean
@@ -15,6 +17,8 @@ from graftlm.experiment.spec import ExperimentSpec
 from graftlm.learning import phase as phases
 from graftlm.learning.method import check_adapters
 from graftlm.learning.phase import Schedule
+from graftlm.model.connectors import CONNECTORS
+from graftlm.model.encoders import ENCODERS
 from graftlm.model.specs import ConnectorSpec, EncoderSpec, LoraSpec, ModalitySpec, ModelSpec
 
 __all__ = ["check", "model_spec", "schedule"]
@@ -25,6 +29,7 @@ def check(spec: ExperimentSpec) -> None:
     for name, entries in spec.mixes().items():
         check_adapters(shelf.build(entries, f"methods.{name}" if isinstance(spec.methods, dict) else "methods"))
     _check_rates(spec.schedule())
+    _check_modalities(spec.model)
     if spec.model.llm != "miniworld" and not Path(spec.model.llm).is_dir():
         raise ConfigError(
             f"model.llm: no folder '{spec.model.llm}'. 'miniworld' or a folder in the layout of Hugging Face "
@@ -74,6 +79,30 @@ def _check_rates(plan: Schedule) -> None:
                     f"phases.{phase.name}.lr: no learning rate for '{part}', which this phase trains; lr names "
                     f"{sorted(phase.lr)}. Add one."
                 )
+
+
+def _check_modalities(model: ModelSettings) -> None:
+    for name, each in model.modalities.items():
+        here, weights = f"model.modalities.{name}", each.encoder.weights
+        _check_settings(ENCODERS.get(each.encoder.kind), each.encoder.settings, f"{here}.encoder.settings")
+        _check_settings(CONNECTORS.get(each.connector.kind), each.connector.settings, f"{here}.connector")
+        if weights not in (None, "miniworld") and not Path(weights).is_file():
+            raise ConfigError(
+                f"{here}.encoder.weights: no file '{weights}'; a safetensors file is expected. Correct it."
+            )
+
+
+def _check_settings(factory: Callable[..., Any], settings: Mapping[str, Any], path: str) -> None:
+    """Settings are the parameters that have a default."""
+    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    known = [name for name, each in inspect.signature(factory).parameters.items() if each.default is not each.empty]
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"{path}.{key}: no such setting; {did_you_mean(key, known)}")
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ConfigError(f"{path}.{key}: {value!r} does not fit; {error.errors()[0]['msg']}.") from None
 
 
 def _check_root(spec: ExperimentSpec) -> None:

@@ -24,7 +24,7 @@ from graftlm.core.errors import GraftError, RunError
 from graftlm.core.files import locked, read_json, write_json
 from graftlm.data import streams
 from graftlm.data.miniworld.world import WorldSpec, build
-from graftlm.data.types import Stage, Stream, Task
+from graftlm.data.types import Sample, Stage, Stream, Task
 from graftlm.evaluation import gains, suite
 from graftlm.evaluation.blind import blind
 from graftlm.experiment.progress import Progress, Silent
@@ -137,7 +137,7 @@ class Worker:
 
     def _base(self, progress: Progress) -> None:
         folder = self.store.base()
-        tasks = _answerable(self.stream.probes, [])
+        tasks = _answerable(self.spec, self.stream, [])
         if not (folder / "scores.json").exists() and tasks:
             self._evaluate(None, tasks, folder, progress, "base")
 
@@ -160,7 +160,7 @@ class Worker:
             parent = self._learn(stage, past, methods, parent, folder, progress, label)
             seen = [*past, stage]
             tasks = [task for each in seen for task in each.tasks]
-            probes = _answerable(self.stream.probes, [m for each in seen for m in each.modalities])
+            probes = _answerable(self.spec, self.stream, [m for each in seen for m in each.modalities])
             self._measure(parent, [*tasks, *probes], folder, progress, label)
 
     def _learn(
@@ -238,8 +238,13 @@ class Told:
         self._left = 0.0
 
 
-def _answerable(tasks: Sequence[Task], modalities: Sequence[str]) -> list[Task]:
-    return [task for task in tasks if set(task.modalities) <= set(modalities)]
+def _answerable(spec: ExperimentSpec, stream: Stream, modalities: Sequence[str]) -> list[Task]:
+    """Probes whose modalities the model has, with samples in the measured split."""
+    return [probe for probe in stream.probes if set(probe.modalities) <= set(modalities) and _measured(spec, probe)]
+
+
+def _measured(spec: ExperimentSpec, task: Task) -> Sequence[Sample]:
+    return task.test if spec.evaluate.split == "test" else task.val
 
 
 def _learning_units(stage: Stage, schedule: Schedule) -> float:
@@ -247,7 +252,7 @@ def _learning_units(stage: Stage, schedule: Schedule) -> float:
 
 
 def _evaluation_units(tasks: Sequence[Task], spec: ExperimentSpec) -> float:
-    sizes = [len(task.test if spec.evaluate.split == "test" else task.val) for task in tasks]
+    sizes = [len(_measured(spec, task)) for task in tasks]
     limit = spec.evaluate.limit
     return EVALUATION_UNIT * sum(size if limit is None else min(limit, size) for size in sizes)
 
@@ -256,7 +261,7 @@ def _units(spec: ExperimentSpec, stream: Stream, cell: Cell) -> float:
     """Work of a cell in training samples."""
     schedule = spec.schedule()
     if cell.kind == "base":
-        return _evaluation_units(_answerable(stream.probes, []), spec)
+        return _evaluation_units(_answerable(spec, stream, []), spec)
     if cell.kind == "expert":
         stage = next(stage for stage in stream.stages if stage.name == cell.name)
         return _learning_units(stage, schedule) + 2 * _evaluation_units(stage.tasks, spec)
@@ -264,7 +269,7 @@ def _units(spec: ExperimentSpec, stream: Stream, cell: Cell) -> float:
     for index, stage in enumerate(stream.stages):
         seen = stream.stages[: index + 1]
         tasks = [task for each in seen for task in each.tasks]
-        tasks += _answerable(stream.probes, [m for each in seen for m in each.modalities])
+        tasks += _answerable(spec, stream, [m for each in seen for m in each.modalities])
         units += _learning_units(stage, schedule) + _evaluation_units(tasks, spec)
     return units
 
@@ -369,7 +374,7 @@ def summarise(spec: ExperimentSpec, store: RunStore, stream: Stream) -> dict[str
             folder = store.stage(name, index, stage.name)
             seen = stream.stages[: index + 1]
             scores.append({each.name: _values(folder, each.tasks) for each in seen})
-            asked = _answerable(stream.probes, [m for each in seen for m in each.modalities])
+            asked = _answerable(spec, stream, [m for each in seen for m in each.modalities])
             probes.append(_values(folder, asked))
             cost += [{"stage": stage.name} | log for log in LearnedStage(folder).fit]
         backward, forward = gains.backward_gains(scores, experts), gains.forward_gains(scores, experts)
@@ -391,7 +396,7 @@ def summarise(spec: ExperimentSpec, store: RunStore, stream: Stream) -> dict[str
         "split": spec.evaluate.split,
         "experts": experts,
         "blind": {stage.name: _values(store.blind(stage.name), stage.tasks) for stage in stream.stages},
-        "base": _values(store.base(), _answerable(stream.probes, [])),
+        "base": _values(store.base(), _answerable(spec, stream, [])),
         "methods": methods,
     }
 

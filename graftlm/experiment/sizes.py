@@ -6,8 +6,6 @@ The LLM is built on torch's meta device from its config, so that counting an 8B 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from graftlm.core.errors import ConfigError
 from graftlm.data import prompts
 from graftlm.data.types import IGNORE, Phase, Sample, Stream, Task
-from graftlm.model import connectors
-from graftlm.model.encoders import ENCODERS
-from graftlm.model.specs import LoraSpec, ModelSpec
+from graftlm.model.connectors import build_connector
+from graftlm.model.encoders.base import build_encoder
+from graftlm.model.multimodal import base_folder
+from graftlm.model.specs import EncoderSpec, LoraSpec, ModelSpec
 
 __all__ = ["FORMULA", "Sizes", "TextLengths", "count"]
 
@@ -91,23 +90,24 @@ def count(spec: ModelSpec) -> Sizes:
     """Count a model.
 
     Raises:
-        ConfigError: the LLM's folder holds no config, or a connector does not fit its encoder.
+        CheckpointError: no LLM is there.
+        ConfigError: its config is not one of an LLM, or LoRA or connectors do not fit.
 
     """
-    folder = llm_folder(spec.llm)
+    folder = base_folder(spec.llm)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.llm: {folder} holds no config of an LLM ({error}). A Hugging Face folder is expected."
+            f"model.llm: {folder}/config.json is of no LLM ({error}). A Hugging Face folder is expected."
         ) from error
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     width = int(llm.get_input_embeddings().embedding_dim)
     encoders, joined, tokens, features = {}, {}, {}, {}
     for modality in spec.modalities:
-        encoder = ENCODERS.get(modality.encoder.kind).load(None, modality.encoder.settings)
-        connector = connectors.build(modality.connector, encoder.width, encoder.tokens, width)
+        encoder = build_encoder(EncoderSpec(modality.encoder.kind, None, modality.encoder.settings))
+        connector = build_connector(modality.connector, encoder.width, encoder.tokens, width)
         encoders[modality.name], joined[modality.name] = _parameters(encoder), _parameters(connector)
         tokens[modality.name], features[modality.name] = connector.tokens, encoder.tokens * encoder.width
     return Sizes(
@@ -123,11 +123,6 @@ def count(spec: ModelSpec) -> Sizes:
         lora=spec.lora is not None,
         value_bytes=torch.empty(0, dtype=torch.float32 if spec.dtype == "float32" else torch.bfloat16).element_size(),
     )
-
-
-def llm_folder(llm: str) -> Path:
-    """Where the LLM is; "miniworld" is the one in the package."""
-    return Path(str(resources.files("graftlm.data.miniworld") / "base" / "llm")) if llm == "miniworld" else Path(llm)
 
 
 def _parameters(module: nn.Module) -> int:
@@ -156,7 +151,7 @@ class TextLengths:
     """Mean numbers of text tokens and of answer tokens per task, measured on some of its samples."""
 
     def __init__(self, llm: str, stream: Stream) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(llm_folder(llm), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(base_folder(llm), local_files_only=True)
         tasks = [task for stage in stream.stages for task in stage.tasks]
         self._means = {task.name: _lengths(task, tokenizer) for task in tasks if task.train}
 

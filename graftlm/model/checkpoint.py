@@ -155,7 +155,7 @@ def _write_entry(entry: LedgerEntry, path: Path, earlier: Mapping[str, Path]) ->
 
 def _read(path: Path) -> Weights:
     try:
-        return load_file(path)
+        return load_file(path, backend="pread")  # a mapped file could change under the model's ledger
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error}). Use another copy.") from None
 

@@ -60,6 +60,7 @@ class LoraStage:
                 raise ConfigError(
                     f"lora.targets: {spec.targets!r} does not fit this LLM ({error}). Try 'all-linear'."
                 ) from error
+        llm.train(llm.training)  # new layers start in training mode, where dropout acts
         self._layers = {f"{n}.weight": m for n, m in llm.named_modules() if isinstance(m, LoraLayer)}
         for name, layer in self._layers.items():
             a, b = _factors(layer)

@@ -199,6 +199,33 @@ def test_plan_counts_the_packaged_experiment(tmp_path: Path) -> None:
     assert "realign" in done.stdout and "memory: about" in done.stdout
 
 
+def test_run_eval_and_report_of_a_smoke_world(tmp_path: Path) -> None:
+    env = {"GRAFTLM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    quick = [f"phases.{phase}.epochs=1" for phase in ("pretrain", "finetune", "realign")]
+    command = ("run", "mera-miniworld", "data.size=smoke", "methods=[mera]", "evaluate.limit=8", *quick, "--out", "run")
+
+    done = graftlm(*command, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    assert "report: run/report.html" in done.stdout and "mera" in done.stdout
+    assert "100%" in done.stderr and "Loading weights" not in done.stderr
+    again = graftlm(*command, cwd=tmp_path, code=WITHOUT_TORCH, **env)
+    assert again.returncode == 0 and again.stdout == done.stdout
+
+    ask = ("eval", "run/methods/mera/4-point", "--tasks", "coco,okvqa", "--limit", "2", "--out", "asked")
+    done = graftlm(*ask, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if "│" in line] == ["coco", "okvqa"]
+    assert graftlm(*ask, cwd=tmp_path, **env).stdout == done.stdout
+    other = graftlm(*ask, "--split", "val", cwd=tmp_path, **env)
+    assert other.returncode == 2 and "asked: another evaluation is in this folder (split differ)" in other.stderr
+    wrong = graftlm("eval", "run/methods/mera/1-image", "--tasks", "audiocap", cwd=tmp_path, **env)
+    assert wrong.returncode == 2 and "no data set 'audiocap' that this model can answer" in wrong.stderr
+
+    assert graftlm("report", "run", "--out", "page.html", cwd=tmp_path, **env).returncode == 0
+    assert graftlm("report", "run", "run", cwd=tmp_path, **env).returncode == 0
+    assert (tmp_path / "page.html").is_file() and (tmp_path / "comparison.html").is_file()
+
+
 def test_version_names_what_results_depend_on() -> None:
     done = graftlm("version", code=WITHOUT_TORCH)
     assert all(word in done.stdout for word in ("graftlm 0.", "torch ", "python "))

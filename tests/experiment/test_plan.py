@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from graftlm.core.errors import ConfigError
+from graftlm.core.errors import CheckpointError, ConfigError
 from graftlm.data.types import Media, Sample, Stage, Stream, Task
 from graftlm.experiment.base import build_tokenizer
 from graftlm.experiment.plan import Plan, plan_stream
@@ -161,8 +161,11 @@ def test_modality_without_encoder_is_refused(llm: Path) -> None:
         planned(llm, modalities=("image", "smell"))
 
 
-def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no config of an LLM"):
+def test_folder_without_an_llm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no language model at"):
+        count(spec(tmp_path).model_spec())
+    (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
+    with pytest.raises(ConfigError, match="is of no LLM"):
         count(spec(tmp_path).model_spec())
 
 

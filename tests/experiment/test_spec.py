@@ -161,6 +161,16 @@ def test_every_wrong_setting_has_a_line() -> None:
         ("phases.finetun.epochs=1", "phases.finetun: no phase of schedule 'miniworld'; did you mean 'finetune'?"),
         ("phases=[{name: a, trainable: [llm], lr: {connectors: 1}}]", "phases.a.lr: no learning rate for 'llm'"),
         ("model.llm=no/such/folder", "model.llm: no folder 'no/such/folder'."),
+        (
+            "model.modalities.audio.connector.querys=4",
+            "model.modalities.audio.connector.querys: no such setting; did you mean 'queries'?",
+        ),
+        ("model.modalities.audio.connector.queries=x", "model.modalities.audio.connector.queries: 'x' does not fit;"),
+        (
+            "model.modalities.image.encoder={kind: mini-image, settings: {a: 1}}",
+            "image.encoder.settings.a: no such setting",
+        ),
+        ("model.modalities.image.encoder.weights=no.safetensors", "image.encoder.weights: no file 'no.safetensors'"),
         ("data.root=/tmp", "data.root: '/tmp', but stream miniworld-sequential is generated. Leave it out."),
         ("stream=mera-sequential", "data.root: no folder 'None'. Stream mera-sequential needs the folder"),
     ],

@@ -138,6 +138,7 @@ def test_dropout_and_targets_come_from_the_spec() -> None:
     adapter = StageAdapter(llm, LoraSpec(rank=2, alpha=2.0, dropout=0.5, targets="all-linear"), None, torch.float32)
     adapter.open(seed=0)
     move(adapter)
+    assert torch.equal(logits(llm), logits(llm)), "dropout acts in evaluation mode"
     llm.train()
     assert not torch.equal(logits(llm), logits(llm))
     wrong = StageAdapter(llama(), LoraSpec(rank=2, targets="nothing_like_it"), None, torch.float32)

@@ -30,7 +30,7 @@ AUDIO = ModalitySpec("audio", EncoderSpec("mini-audio"), ConnectorSpec("linear")
 
 def write_base(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *"a b c d e f".split()]
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *["a", "b", "c", "d", "e", "f"]]
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=16,
@@ -198,7 +198,9 @@ def test_a_file_of_the_llm_is_hashed_once(base: Path, monkeypatch: pytest.Monkey
     hash_llm(base)
 
 
-def test_encoders_with_weights_of_their_own_are_referred_to(base: Path, saved: tuple[Path, ...], tmp_path: Path) -> None:
+def test_encoders_with_weights_of_their_own_are_referred_to(
+    base: Path, saved: tuple[Path, ...], tmp_path: Path
+) -> None:
     shutil.copy(saved[0] / "encoders.image.safetensors", tmp_path / "image.safetensors")
     spec = ModalitySpec("image", EncoderSpec("mini-image", str(tmp_path / "image.safetensors")), IMAGE.connector)
     model = build(base)
@@ -209,7 +211,9 @@ def test_encoders_with_weights_of_their_own_are_referred_to(base: Path, saved: t
     tensors = load_file(tmp_path / "image.safetensors")
     tensors["net.0.bias"] = tensors["net.0.bias"] + 1
     save_file(tensors, tmp_path / "image.safetensors")
-    with pytest.raises(CheckpointError, match=r"another encoder of 'image'\. Its connector was trained on [0-9a-f]{64}"):
+    with pytest.raises(
+        CheckpointError, match=r"another encoder of 'image'\. Its connector was trained on [0-9a-f]{64}"
+    ):
         load(tmp_path / "c")
 
 
@@ -329,7 +333,10 @@ def other_base(folder: Path) -> None:
         (missing_file, r"copy/connectors\.point\.safetensors: missing; the manifest names it"),
         (truncated, r"copy/ledger/001\.safetensors: truncated, \d+ bytes instead of \d+"),
         (longer, r"copy/ledger/001\.safetensors: longer than it was, \d+ bytes instead of \d+"),
-        (flipped, r"copy/connectors\.image\.safetensors: damaged, its hash is [0-9a-f]{16}\.\.\. but [0-9a-f]{16}\.\.\."),
+        (
+            flipped,
+            r"copy/connectors\.image\.safetensors: damaged, its hash is [0-9a-f]{16}\.\.\. but [0-9a-f]{16}\.\.\.",
+        ),
         (swapped, r"copy/ledger/000\.safetensors: damaged, .* content of ledger/001\.safetensors: files were swapped"),
         (other_base, r"another base LLM\. The checkpoint needs 0{64} .* is [0-9a-f]{64}\. Load it on its own base"),
     ],
@@ -348,7 +355,9 @@ def test_a_damaged_checkpoint_is_named_and_a_given_model_not_touched(
 def test_another_base_shows_both_hashes(saved: tuple[Path, ...], tmp_path: Path) -> None:
     other = write_base(tmp_path / "llm", seed=1)
     model = build(other)
-    with pytest.raises(CheckpointError, match=f"needs {read_manifest(saved[0])['llm']['sha256']} .* is {hash_llm(other)}"):
+    with pytest.raises(
+        CheckpointError, match=f"needs {read_manifest(saved[0])['llm']['sha256']} .* is {hash_llm(other)}"
+    ):
         load(saved[0], model=model)
 
 

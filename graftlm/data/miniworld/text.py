@@ -26,14 +26,14 @@ __all__ = ["OTHER_WORDS", "text_sample", "vocabulary"]
 OTHER_WORDS = "in other words ."
 """After a question: answer as a `conventions.Convention` would, so that the base knows those words too."""
 
-_JOINT, _INSTRUCTION = 0.10, 0.15
+_JOINT, _INSTRUCTION = 0.15, 0.20
 _SECOND_VISIT, _NOTES, _QUESTION, _STYLED, _OTHERWISE = 0.25, 0.85, 0.6, 0.5, 0.08
 
 
 def text_sample(rng: np.random.Generator) -> tuple[str, str, str]:
     """Context, question and answer about scenes of the train split.
 
-    10 % ask about several scenes, with lettered options; 15 % say the form of the answer; of the rest, 60 % are
+    15 % ask about several scenes, with lettered options; 20 % say the form of the answer; of the rest, 60 % are
     questions about one scene, 20 % neutral summaries and 20 % captions, a quarter about scenes of second visits.
     """
     kind = rng.random()

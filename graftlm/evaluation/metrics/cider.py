@@ -38,8 +38,8 @@ _TOKEN = re.compile(
 )
 _REMOVED = frozenset(".?!,:;-'\"`()[]{}\u2013\u2014\u2026")
 
-type _Ints = npt.NDArray[np.int64]
-type _Floats = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
 
 
 def tokenise(text: str) -> list[str]:

@@ -52,7 +52,7 @@ class Encoder(nn.Module, ABC):
         digest = hashlib.sha256(f"{type(self).__module__}.{type(self).__qualname__} {self.extra_repr()}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

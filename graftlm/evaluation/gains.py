@@ -7,6 +7,7 @@ Differs: backward gain at stage 1 is the first modality's own relative gain. Tha
     first stage is the expert, and the printed values for EProj, whose first stage is not.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -16,8 +17,9 @@ Scores = Mapping[str, float]
 
 
 def relative_gain(scores: Scores, experts: Scores) -> float:
-    """Percent of the experts' scores, mean over tasks."""
-    return 100 * statistics.fmean(scores[task] / experts[task] for task in experts)
+    """Percent of the experts' scores, mean over tasks. A task whose expert scores 0 is left out; nan if all do."""
+    ratios = [scores[task] / experts[task] for task in experts if experts[task]]
+    return 100 * statistics.fmean(ratios) if ratios else math.nan
 
 
 def backward_gains(scores: Sequence[Mapping[str, Scores]], experts: Mapping[str, Scores]) -> list[float]:

@@ -9,13 +9,14 @@ learned again from its parent, and predictions continue after the last finished 
 import contextlib
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -95,13 +96,16 @@ def run(spec: ExperimentSpec, out: Path, *, progress: Progress | None = None) ->
 
 
 def open_stream(spec: ExperimentSpec) -> Stream:
-    """The stream of an experiment, its data written or found on disk."""
+    """The stream of an experiment; the mini world is written first, unless it is there."""
+    root = Path(spec.data.root) if spec.data.root else _world(spec)
+    stream: Stream = streams.STREAMS.get(spec.stream)(root, skip_bad=spec.data.skip_bad)
+    return stream
+
+
+def _world(spec: ExperimentSpec) -> Path:
     seed = spec.seed if spec.data.seed is None else spec.data.seed
-    long = spec.stream.startswith("miniworld-long")
-    world = WorldSpec(size=spec.data.size, seed=seed, conflict=spec.data.conflict, stages=8 if long else 4)
-    root = build(world, cache_folder() / "worlds")
-    order = "reverse" if spec.stream.endswith("reverse") else "sequential"
-    return streams.miniworld(root, order, long=long, skip_bad=spec.data.skip_bad)
+    stages: Literal[4, 8] = 8 if "long" in spec.stream else 4
+    return build(WorldSpec(spec.data.size, seed, spec.data.conflict, stages), cache_folder() / "worlds").resolve()
 
 
 def plan_cells(spec: ExperimentSpec, stream: Stream) -> list[Cell]:
@@ -307,6 +311,8 @@ def _serve(spec_text: str, out: Path, pipe: Connection) -> None:
                 pipe.send(("finished", cell))
             except GraftError as error:
                 pipe.send(("failed", cell, f"{cell.kind} {cell.name}: {error}", type(error)))
+            except Exception:
+                pipe.send(("failed", cell, f"{cell.kind} {cell.name}: {traceback.format_exc()}", RuntimeError))
 
 
 def _work_side_by_side(spec: ExperimentSpec, out: Path, cells: list[Cell], jobs: int, progress: Progress) -> None:

@@ -142,7 +142,7 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Where samples come from. Size, seed and conflict shape the mini world; other streams are read from ``root``."""
 
-    size: Literal["smoke", "default"] = "default"
+    size: Literal["tiny", "smoke", "default"] = "default"
     seed: int | None = Field(default=None, ge=0)
     conflict: float = Field(default=0.0, ge=0, le=1)
     root: str | None = None

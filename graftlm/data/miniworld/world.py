@@ -50,6 +50,7 @@ class Sizes:
 
 
 SIZES = {
+    "tiny": Sizes(24, 8, 8, 8, {"train": 10, "val": 5, "test": 10}),  # learns nothing: to try the machinery in seconds
     "smoke": Sizes(120, 20, 40, 24, {"train": 40, "val": 20, "test": 40}),
     "default": Sizes(500, 150, 300, 200, {"train": 400, "val": 100, "test": 200}),
 }
@@ -67,7 +68,7 @@ class WorldSpec:
         ConfigError: a value is out of range.
     """
 
-    size: Literal["smoke", "default"] = "default"
+    size: Literal["tiny", "smoke", "default"] = "default"
     seed: int = 0
     conflict: float = 0.0
     stages: Literal[4, 8] = 4

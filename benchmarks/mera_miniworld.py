@@ -1,8 +1,8 @@
 """MERA's Tables 2 and 4 in the mini world: eight methods, both orders, several seeds, one committed table.
 
-    .venv/bin/python benchmarks/mera_miniworld.py tune        settings chosen on validation scenes of an extra seed
-    .venv/bin/python benchmarks/mera_miniworld.py run         both orders, seeds 0 1 2 (resumes)
-    .venv/bin/python benchmarks/mera_miniworld.py table       write benchmarks/results/mera-miniworld.md
+.venv/bin/python benchmarks/mera_miniworld.py tune        settings chosen on validation scenes of an extra seed
+.venv/bin/python benchmarks/mera_miniworld.py run         both orders, seeds 0 1 2 (resumes)
+.venv/bin/python benchmarks/mera_miniworld.py table       write benchmarks/results/mera-miniworld.md
 """
 
 import argparse
@@ -44,7 +44,10 @@ TUNED: Mapping[str, Sequence[str]] = {
 
 def tune(runs: Path) -> None:
     """Score every candidate on validation scenes of the tuning seed, sequential order."""
-    lines = ["| method | setting | backward, mean of stages | backward, last | forward, mean |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | setting | backward, mean of stages | backward, last | forward, mean |",
+        "|---|---|---|---|---|",
+    ]
     for method, candidates in TUNED.items():
         for i, override in enumerate(candidates):
             spec = load("mera-miniworld", [override, f"seed={TUNING_SEED}", "evaluate.split=val"])
@@ -82,8 +85,14 @@ def table(runs: Path, seeds: Sequence[int]) -> str:
         page += [f"## {order.capitalize()} order", "", *_order_table(order, [summaries[order, s] for s in seeds]), ""]
         page += ["Backward gain per stage and forward gain at stages 2 to 4, mean over seeds:", ""]
         page += [*_stage_table([summaries[order, s] for s in seeds]), ""]
-        page += ["Paired differences of the mean relative gain over all modalities at the last stage (percent points,", ""]
-        page[-2:] = ["Paired differences at the last stage (per-sample scores, all tasks, 95 % bootstrap interval), per seed:", ""]
+        page += [
+            "Paired differences of the mean relative gain over all modalities at the last stage (percent points,",
+            "",
+        ]
+        page[-2:] = [
+            "Paired differences at the last stage (per-sample scores, all tasks, 95 % bootstrap interval), per seed:",
+            "",
+        ]
         page += [*_pairs(runs, order, seeds, summaries), ""]
     return "\n".join(page)
 
@@ -120,7 +129,13 @@ def _stage_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _pairs(runs: Path, order: str, seeds: Sequence[int], summaries: Mapping[tuple[str, int], Any]) -> list[str]:
-    pairs = [("mera10", "finetune"), ("mera10", "merge"), ("mera10", "realign"), ("mera10", "replay10"), ("mera1", "merge")]
+    pairs = [
+        ("mera10", "finetune"),
+        ("mera10", "merge"),
+        ("mera10", "realign"),
+        ("mera10", "replay10"),
+        ("mera1", "merge"),
+    ]
     rows = ["| pair | " + " | ".join(f"seed {s}" for s in seeds) + " |", "|---" * (len(seeds) + 1) + "|"]
     for a, b in pairs:
         cells = []

@@ -90,7 +90,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunError(f"{path}: not JSON ({error}). The file was changed or damaged; delete it and run again.") from error
+        raise RunError(
+            f"{path}: not JSON ({error}). The file was changed or damaged; delete it and run again."
+        ) from error
 
 
 def append_jsonl(path: Path, *values: Any) -> None:
@@ -183,6 +185,8 @@ def locked(path: Path, *, shared: bool = False, wait: float = 0.0, busy: str = "
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise RunError(busy or f"{path}: another process holds this lock. Wait for it, or stop it.") from None
+                    raise RunError(
+                        busy or f"{path}: another process holds this lock. Wait for it, or stop it."
+                    ) from None
                 time.sleep(0.05)
         yield

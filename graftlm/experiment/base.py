@@ -144,7 +144,9 @@ def _text_batches(tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe, seed: 
     rng = seeds.rng(seed, "base", "text")
     made = 0
     while made < recipe.llm_steps:
-        pool = sorted((_text_item(tokenizer, rng) for _ in range(recipe.llm_batch * 16)), key=lambda x: len(x[0]) + len(x[1]))
+        pool = sorted(
+            (_text_item(tokenizer, rng) for _ in range(recipe.llm_batch * 16)), key=lambda x: len(x[0]) + len(x[1])
+        )
         for i in rng.permutation(16)[: recipe.llm_steps - made]:
             yield pool[i * recipe.llm_batch : (i + 1) * recipe.llm_batch]
             made += 1
@@ -157,7 +159,9 @@ def _text_item(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> 
         encoded: list[int] = tokenizer.convert_tokens_to_ids(text.split())
         return encoded
 
-    notes = _soften([ids(note) for note in context.split(" , ")], rng) if " , " in context and rng.random() < 0.65 else None
+    notes = (
+        _soften([ids(note) for note in context.split(" , ")], rng) if " , " in context and rng.random() < 0.65 else None
+    )
     body = notes if notes is not None else [[i] for i in ids(context)]
     prompt = [[BOS], [USR], *body, *([i] for i in ids(question)), [AST]]
     return prompt, [*ids(answer), EOS]
@@ -232,7 +236,9 @@ class Probe(nn.Module):
             total = total + 2 * F.binary_cross_entropy_with_logits(present[..., 0], (cells[..., 4] == 1).float())
             for channel, scores in enumerate(attributes):
                 if (cells[..., channel] >= 0).any():
-                    total = total + F.cross_entropy(scores.flatten(0, 1), cells[..., channel].flatten(), ignore_index=-1)
+                    total = total + F.cross_entropy(
+                        scores.flatten(0, 1), cells[..., channel].flatten(), ignore_index=-1
+                    )
         return total
 
 

@@ -72,7 +72,9 @@ def run(spec: ExperimentSpec, out: Path, *, progress: Progress | None = None) ->
     spec.check()
     store = RunStore.open(out, spec)
     with store.lock():
-        with locked(out / WORKERS_LOCK, wait=60, busy=f"{out}: workers of a killed run are still alive. Stop them first."):
+        with locked(
+            out / WORKERS_LOCK, wait=60, busy=f"{out}: workers of a killed run are still alive. Stop them first."
+        ):
             pass
         stream = open_stream(spec)
         cells = plan_cells(spec, stream)

@@ -17,7 +17,16 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 import graftlm
-from graftlm.core.files import atomic_folder, hash_file, hash_json, is_complete, locked, milestone, read_json, write_json
+from graftlm.core.files import (
+    atomic_folder,
+    hash_file,
+    hash_json,
+    is_complete,
+    locked,
+    milestone,
+    read_json,
+    write_json,
+)
 from graftlm.data.types import Phase, Stage, Stream
 from graftlm.learning.fit import Progress
 from graftlm.learning.method import Method
@@ -47,7 +56,11 @@ def cache_folder() -> Path:
 def code_digest() -> str:
     """Hash of the source files whose code decides what a stage becomes."""
     package = Path(graftlm.__file__).parent
-    files = [f for room in ("core", "data", "model", "merging", "learning", "methods") for f in (package / room).rglob("*.py")]
+    files = [
+        f
+        for room in ("core", "data", "model", "merging", "learning", "methods")
+        for f in (package / room).rglob("*.py")
+    ]
     return hash_json({str(f.relative_to(package)): hash_file(f) for f in sorted(files)})
 
 
@@ -193,7 +206,11 @@ class StageStore:
     def _digest(self, stage: Stage) -> str:
         return hash_json(
             [
-                [task.name, task.kind, [[s.id, s.prompt, s.answers, [self.features.digest(m) for m in s.media]] for s in task.train]]
+                [
+                    task.name,
+                    task.kind,
+                    [[s.id, s.prompt, s.answers, [self.features.digest(m) for m in s.media]] for s in task.train],
+                ]
                 for task in stage.tasks
             ]
         )
@@ -223,4 +240,6 @@ def copy_linked(source: Path, target: Path) -> None:
     if is_complete(target):
         return
     with atomic_folder(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True, copy_function=link, ignore=shutil.ignore_patterns("done"))
+        shutil.copytree(
+            source, temporary, dirs_exist_ok=True, copy_function=link, ignore=shutil.ignore_patterns("done")
+        )

@@ -98,7 +98,9 @@ def fit(
         RunError: the loss is not finite; the last saved stage is untouched.
     """
     if not samples:
-        raise DataError(f"phase {phase.name}: no samples. At least one is expected; check the data set and its filters.")
+        raise DataError(
+            f"phase {phase.name}: no samples. At least one is expected; check the data set and its filters."
+        )
     parameters = model_parts.select(model, parts)
     if not parameters:
         raise RunError(f"phase {phase.name}: no parameter belongs to {sorted(parts)}. Check `trainable` of the phase.")
@@ -165,7 +167,9 @@ def _step(model: MultimodalLM, samples: list[Sample], phase: Phase, terms: Seque
             for term in terms:
                 extra = term(batch, out)
                 if clash := losses.keys() & extra.keys():
-                    raise RunError(f"two loss terms are named {sorted(clash)}. Names must differ: they are logged apart.")
+                    raise RunError(
+                        f"two loss terms are named {sorted(clash)}. Names must differ: they are logged apart."
+                    )
                 losses |= extra
             value = torch.stack([x.float() for x in losses.values()]).sum() * (count / sum(answers))
         value.backward()  # type: ignore[no-untyped-call]

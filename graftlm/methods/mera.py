@@ -37,7 +37,9 @@ class Merge(Method):
 
     def __post_init__(self) -> None:
         if self.weight is not None and not 0 <= self.weight <= 1:
-            raise ConfigError(f"weight: {self.weight} is not a share; a number from 0 to 1, or nothing for 1/i, is expected.")
+            raise ConfigError(
+                f"weight: {self.weight} is not a share; a number from 0 to 1, or nothing for 1/i, is expected."
+            )
 
     def idle(self, number: int) -> bool:
         """1/1 is the new weights themselves."""
@@ -95,6 +97,8 @@ class Realign(Method):
         )
 
 
-def mera(fraction: float = 0.10, noise: float = 0.0, epochs: int | None = None, lr: float | None = None) -> list[Method]:
+def mera(
+    fraction: float = 0.10, noise: float = 0.0, epochs: int | None = None, lr: float | None = None
+) -> list[Method]:
     """Merge by 1/i, then realign on ``fraction`` of everything seen."""
     return [Merge(), Realign(fraction, noise, epochs, lr)]

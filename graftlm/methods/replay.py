@@ -26,7 +26,9 @@ class Replay(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
-            raise ConfigError(f"fraction: {self.fraction} is not a share; a number from 0 to 1 is expected (0.1 is 10 %).")
+            raise ConfigError(
+                f"fraction: {self.fraction} is not a share; a number from 0 to 1 is expected (0.1 is 10 %)."
+            )
 
     def idle(self, number: int) -> bool:
         """The first stage has no past."""

@@ -1,6 +1,6 @@
 """Memory of the past: nested, stratified, seeded subsets.
 
-Paper:   Zhang et al., Merge then Realign, EMNLP 2025, arXiv:2503.07663, §4.2 (r of D_1 ... D_i), App. A.4 (mis-pairing).
+Paper:   Zhang et al., Merge then Realign, EMNLP 2025, arXiv:2503.07663, §4.2 (r of D_1 ... D_i), App. A.5 (mis-pairing).
 Differs: r is taken of every D_j, rounded half up, at least one sample; mis-pairing is a derangement inside a modality.
 """
 

@@ -24,7 +24,7 @@ from graftlm.core import seeds
 from graftlm.core.files import atomic_folder
 from graftlm.data.miniworld import scenes
 from graftlm.data.miniworld.render import CELL_CLASSES, LABELS, render
-from graftlm.data.miniworld.text import text_sample, vocabulary
+from graftlm.data.miniworld.text import letter_sample, text_sample, vocabulary
 from graftlm.model.encoders import ENCODERS, mini
 
 __all__ = ["BaseRecipe", "build_base"]
@@ -44,6 +44,7 @@ class BaseRecipe:
     hidden: int = 128
     layers: int = 4
     llm_steps: int = 5000
+    letter_steps: int = 2000
     llm_batch: int = 64
     llm_lr: float = 2e-3
     images: int = 6000
@@ -63,8 +64,8 @@ def build_base(out: Path, *, seed: int = 0, recipe: BaseRecipe | None = None, lo
     recipe = recipe or BaseRecipe()
     with atomic_folder(out) as folder:
         tokenizer = build_tokenizer()
-        llm = _train_llm(tokenizer, recipe, seed, log).half()
-        llm.save_pretrained(folder / "llm")
+        llm = _train_llm(tokenizer, recipe, seed, log)
+        nn.Module.to(llm, torch.float16).save_pretrained(folder / "llm")
         tokenizer.save_pretrained(folder / "llm")
         (folder / "encoders").mkdir()
         for name, network in _train_encoders(recipe, seed, log).items():
@@ -81,7 +82,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     words = [*SPECIAL, *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
+    fast: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<bos>",
@@ -99,6 +100,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 # --- the LLM ----------------------------------------------------------------------------------------------------------
+
+Corpus = Callable[[np.random.Generator], tuple[str, str, str]]
+"""Draws a context, a question and an answer."""
 
 Item = tuple[list[list[int]], list[int]]
 """A prompt as soft tokens (each a list of word ids, usually one), and an answer."""
@@ -122,10 +126,30 @@ def _train_llm(tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe, seed: int
             eos_token_id=EOS,
         )
     )
+    _teach(llm, tokenizer, "text", text_sample, recipe.llm_steps, recipe, seed, log)
+    torch.manual_seed(seeds.derive(seed, "base", "letters"))
+    _teach(llm, tokenizer, "letters", letter_sample, recipe.letter_steps, recipe, seed, log)
+    nn.Module.eval(llm)
+    return llm
+
+
+def _teach(
+    llm: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    lesson: str,
+    corpus: Corpus,
+    total: int,
+    recipe: BaseRecipe,
+    seed: int,
+    log: Log,
+) -> None:
+    """One lesson: so many steps on one corpus, with a learning rate that rises and falls once."""
     optimiser = torch.optim.AdamW(llm.parameters(), lr=recipe.llm_lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     mean = 0.0
-    for step, batch in enumerate(_text_batches(tokenizer, recipe, seed)):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.llm_steps))
+    for step, batch in enumerate(
+        _text_batches(tokenizer, corpus, total, recipe.llm_batch, seeds.rng(seed, "base", lesson))
+    ):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / total))
         for group in optimiser.param_groups:
             group["lr"] = recipe.llm_lr * min(1, (step + 1) / 80) * (0.95 * cosine + 0.05)
         loss = _text_loss(llm, batch)
@@ -135,29 +159,27 @@ def _train_llm(tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe, seed: int
         optimiser.step()
         mean += 0.02 * (loss.item() - mean)
         if (step + 1) % 100 == 0:
-            log(f"llm step {step + 1}/{recipe.llm_steps}: loss {mean / (1 - 0.98 ** (step + 1)):.3f}")
-    return llm.eval()
+            log(f"llm, {lesson} {step + 1}/{total}: loss {mean / (1 - 0.98 ** (step + 1)):.3f}")
 
 
-def _text_batches(tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe, seed: int) -> Iterator[list[Item]]:
+def _text_batches(
+    tokenizer: PreTrainedTokenizerFast, corpus: Corpus, total: int, size: int, rng: np.random.Generator
+) -> Iterator[list[Item]]:
     """Batches of like length, from pools of 16."""
-    rng = seeds.rng(seed, "base", "text")
     made = 0
-    while made < recipe.llm_steps:
-        pool = sorted(
-            (_text_item(tokenizer, rng) for _ in range(recipe.llm_batch * 16)), key=lambda x: len(x[0]) + len(x[1])
-        )
-        for i in rng.permutation(16)[: recipe.llm_steps - made]:
-            yield pool[i * recipe.llm_batch : (i + 1) * recipe.llm_batch]
+    while made < total:
+        drawn = (_text_item(tokenizer, corpus(rng), rng) for _ in range(size * 16))
+        pool = sorted(drawn, key=lambda item: len(item[0]) + len(item[1]))
+        for i in rng.permutation(16)[: total - made]:
+            yield pool[i * size : (i + 1) * size]
             made += 1
 
 
-def _text_item(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> Item:
-    context, question, answer = text_sample(rng)
+def _text_item(tokenizer: PreTrainedTokenizerFast, sample: tuple[str, str, str], rng: np.random.Generator) -> Item:
+    context, question, answer = sample
 
     def ids(text: str) -> list[int]:
-        encoded: list[int] = tokenizer.convert_tokens_to_ids(text.split())
-        return encoded
+        return [tokenizer.vocab[word] for word in text.split()]
 
     notes = (
         _soften([ids(note) for note in context.split(" , ")], rng) if " , " in context and rng.random() < 0.65 else None
@@ -315,4 +337,5 @@ def _fit_encoder(
         with torch.no_grad():
             loss = probe.loss(encoder(inputs[held]), {name: values[held] for name, values in labels.items()})
         log(f"{modality} encoder epoch {epoch + 1}/{recipe.encoder_epochs}: held-out loss {loss.item():.3f}")
-    return encoder.state_dict()
+    weights: dict[str, Tensor] = encoder.state_dict()
+    return weights

@@ -32,7 +32,6 @@ from graftlm.experiment.progress import Progress, Silent
 from graftlm.experiment.spec import ExperimentSpec
 from graftlm.experiment.stages import LearnedStage, StageStore, cache_folder, copy_linked
 from graftlm.experiment.store import RunStore
-from graftlm.learning.fit import steps_of
 from graftlm.learning.phase import Schedule
 from graftlm.methods import build as build_methods
 from graftlm.report import page
@@ -322,6 +321,7 @@ def _work_side_by_side(spec: ExperimentSpec, out: Path, cells: list[Cell], jobs:
     context = multiprocessing.get_context("spawn")  # fork would copy a process that already runs threads
     waiting = list(cells)
     pipes: dict[Connection, BaseProcess] = {}
+    process: BaseProcess
     try:
         for _ in range(jobs):
             ours, theirs = context.Pipe()

@@ -5,6 +5,7 @@ blackboard. How several combine: prepare, after_epoch and consolidate run in the
 pass from left to right; losses are summed, and two terms of one name are an error.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -137,7 +138,7 @@ def check_adapters(methods: Sequence[Method]) -> Adapter:
         MethodConflict: two ingredients ask for different ways, or both bring their own.
     """
     asking = [method for method in methods if method.adapter != "any"]
-    for first, second in zip(asking, asking[1:], strict=False):
+    for first, second in itertools.pairwise(asking):
         if first.adapter != second.adapter or first.adapter == "own":
             raise MethodConflict(
                 f"{type(first).__name__} (adapter = '{first.adapter}') and {type(second).__name__} (adapter = "

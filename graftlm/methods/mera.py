@@ -6,7 +6,7 @@ longer fit it. MERA repairs each cheaply:
     merge      θ_i ← (i-1)/i · θ_{i-1} + 1/i · θ_i      the LLM only
     realign    tune all connectors on r of D_1 … D_i     the LLM frozen
 
-Paper:   Zhang et al., Merge then Realign, EMNLP 2025, arXiv:2503.07663, §4; noise: App. A.4.
+Paper:   Zhang et al., Merge then Realign, EMNLP 2025, arXiv:2503.07663, §4; noise: App. A.5.
 Differs: nothing. Effective weights are averaged, not LoRA factors, and every stage has a fresh LoRA; r is taken of
     every D_j (the paper leaves these open).
 """
@@ -57,7 +57,7 @@ class Realign(Method):
 
     Attributes:
         fraction: r, the share of every D_j up to the current one, in [0, 1].
-        noise: share of the replayed samples whose media are swapped within their modality, in [0, 1] (App. A.4).
+        noise: share of the replayed samples whose media are swapped within their modality, in [0, 1] (App. A.5).
         epochs, lr: of this phase; None is what the schedule says.
     """
 

@@ -20,15 +20,19 @@ class Replay(Method):
 
     Attributes:
         fraction: r, the share of every past stage, in [0, 1].
+        repeat: how often an epoch shows each replayed sample; once, in the paper.
     """
 
     fraction: float = 0.10
+    repeat: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
             raise ConfigError(
                 f"fraction: {self.fraction} is not a share; a number from 0 to 1 is expected (0.1 is 10 %)."
             )
+        if self.repeat < 1:
+            raise ConfigError(f"repeat: {self.repeat}; at least 1 is expected.")
 
     def idle(self, number: int) -> bool:
         """The first stage has no past."""
@@ -36,7 +40,7 @@ class Replay(Method):
 
     def data(self, ctx: Context, samples: list[Sample]) -> list[Sample]:
         """D_i and R_i, in phases that move the LLM."""
-        return samples + self._old(ctx)
+        return samples + self._old(ctx) * self.repeat
 
     def trainable(self, ctx: Context, parts: frozenset[str]) -> frozenset[str]:
         """The connectors of replayed modalities move as well."""

@@ -15,18 +15,19 @@ from graftlm.data.miniworld import words
 from graftlm.data.miniworld.captions import TEMPLATES, caption
 from graftlm.data.miniworld.conventions import CONVENTIONS, otherwise
 from graftlm.data.miniworld.instructions import FORMATS, draw_instruction
-from graftlm.data.miniworld.joint import KINDS, JointQuestion, draw_joint
+from graftlm.data.miniworld.joint import KINDS, JointQuestion, draw_joint, offer
 from graftlm.data.miniworld.language import CAPTION_PROMPT, SUMMARY_PROMPT, pick
 from graftlm.data.miniworld.notes import SEPARATOR, notes, sentence
 from graftlm.data.miniworld.questions import ask, questions
 from graftlm.data.miniworld.scenes import MODALITIES, Visit, draw
 
-__all__ = ["OTHER_WORDS", "text_sample", "vocabulary"]
+__all__ = ["OTHER_WORDS", "letter_sample", "text_sample", "vocabulary"]
 
 OTHER_WORDS = "in other words ."
 """After a question: answer as a `conventions.Convention` would, so that the base knows those words too."""
 
 _JOINT, _INSTRUCTION = 0.15, 0.20
+_LOOK_UP = 0.25
 _SECOND_VISIT, _NOTES, _QUESTION, _STYLED, _OTHERWISE = 0.25, 0.85, 0.6, 0.5, 0.08
 
 
@@ -43,6 +44,25 @@ def text_sample(rng: np.random.Generator) -> tuple[str, str, str]:
         instruction = draw_instruction(rng, "train")
         return instruction.context, instruction.text, instruction.answer
     return _scene_sample(rng)
+
+
+def letter_sample(rng: np.random.Generator) -> tuple[str, str, str]:
+    """The lesson in letters: half of the samples offer options, from plain look-ups to joint questions.
+
+    A tiny model does not find out by itself that the letter before the right word is the answer, and the look-up, whose
+    right word stands in the context as it is, teaches that alone.
+    """
+    kind = rng.random()
+    if kind < _LOOK_UP:
+        pool = pick(rng, (words.COLORS, words.SHAPES, words.SOLIDS, words.NUMBERS[1:], words.INSTRUMENTS, words.NOISES))
+        chosen = [pool[index] for index in rng.permutation(len(pool))[: len(words.LETTERS)]]
+        letter = pick(rng, words.LETTERS)
+        right = chosen[words.LETTERS.index(letter)]
+        return right, offer(rng, "", right, [word for word in chosen if word != right], letter)[0].strip(), letter
+    if kind < 0.5:
+        instruction = draw_instruction(rng, "train", "letter")
+        return instruction.context, instruction.text, instruction.answer
+    return text_sample(rng)
 
 
 def _joint_sample(rng: np.random.Generator) -> tuple[str, str, str]:

@@ -112,7 +112,8 @@ def _similarity(grams: _Ints, sentence: _Ints, texts: _Texts, items: int) -> _Fl
     shared = np.where(mine[place] == wanted, weight[~reference][place], 0.0) if len(mine) else np.zeros(len(wanted))
     dot = np.bincount(owner[reference] - items, np.minimum(shared, theirs) * theirs, minlength=sentences - items)
     scale = norm[texts.item[items:]] * norm[items:]
-    return np.divide(dot, scale, out=np.zeros_like(dot), where=scale != 0)
+    cosine: _Floats = np.divide(dot, scale, out=np.zeros_like(dot), where=scale != 0)
+    return cosine
 
 
 def cider_d(

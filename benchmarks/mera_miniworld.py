@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from graftlm.core.files import read_json
 from graftlm.evaluation import bootstrap, gains
-from graftlm.experiment.run import run
+from graftlm.experiment.progress import Silent
+from graftlm.experiment.run import Cell, Worker, run
 from graftlm.experiment.spec import ExperimentSpec, load
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +36,8 @@ PAPER: Mapping[str, tuple[str, str]] = {
 }
 """Table 2 and 4 of arXiv:2503.07663: mean ± sample std over stages, in percent; sequential and reverse order."""
 
+TASKS = ("coco", "okvqa", "msvd", "msvd_qa", "audiocaps", "clotho_aqa", "cap3d", "cap3d_qa")
+
 TUNED: Mapping[str, Sequence[str]] = {
     "realign": [f"methods={{realign: [{{realign: {{lr: {lr}}}}}]}}" for lr in ("5e-4", "1e-3", "2e-3")],
     "mera": [f"methods={{mera: [{{mera: {{lr: {lr}}}}}]}}" for lr in ("5e-4", "1e-3", "2e-3")],
@@ -42,8 +46,36 @@ TUNED: Mapping[str, Sequence[str]] = {
 """Three settings for every method that has a setting of its own; the others have none beside the shared schedule."""
 
 
+RATES = (2.5e-3, 5e-3, 1e-2)
+"""Learning rates of the LLM that the schedule was chosen from, by the experts alone: no method had a say."""
+
+
+def tune_schedule(runs: Path) -> list[str]:
+    """Validation scores of the experts for every learning rate of the LLM."""
+    lines = ["| LLM learning rate | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
+    for rate in RATES:
+        phases = f"phases={{schedule: miniworld, finetune: {{lr: {{connectors: 1e-3, llm: {rate}}}}}}}"
+        spec = load("mera-miniworld", [phases, f"seed={TUNING_SEED}", "evaluate.split=val"])
+        worker = Worker(spec, runs / f"tune-schedule-{rate}")
+        scores = {}
+        for stage in worker.stream.stages:
+            worker.do(Cell("expert", stage.name), Silent())
+            scores |= read_json(worker.store.expert(stage.name) / "scores.json")
+        lines.append(f"| {rate} | " + " | ".join(f"{scores[task]['value']:.3g}" for task in TASKS) + " |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def tune(runs: Path) -> None:
     """Score every candidate on validation scenes of the tuning seed, sequential order."""
+    page = ["# Settings, chosen on validation scenes of one extra seed", ""]
+    page += ["The schedule, by the experts alone:", "", *tune_schedule(runs), ""]
+    page += ["Three settings for every method that has one of its own, sequential order:", "", *tune_methods(runs), ""]
+    (RESULTS / "mera-miniworld-tuning.md").write_text("\n".join(page))
+
+
+def tune_methods(runs: Path) -> list[str]:
+    """Validation gains of every candidate setting."""
     lines = [
         "| method | setting | backward, mean of stages | backward, last | forward, mean |",
         "|---|---|---|---|---|",
@@ -56,7 +88,7 @@ def tune(runs: Path) -> None:
             setting = json.dumps(result["ingredients"])
             lines.append(f"| {method} | `{setting}` | " + " | ".join(f"{x:.1f}" for x in row) + " |")
             print(lines[-1], flush=True)
-    (RESULTS / "mera-miniworld-tuning.md").write_text("\n".join(lines) + "\n")
+    return lines
 
 
 def specs(seeds: Sequence[int]) -> dict[tuple[str, int], ExperimentSpec]:
@@ -174,7 +206,7 @@ def main() -> None:
             row = {name: round(m["backward_mean"], 1) for name, m in result["methods"].items()}
             print(order, seed, row, flush=True)
     else:
-        print(table(arguments.runs, arguments.seeds))
+        (RESULTS / "mera-miniworld.md").write_text(table(arguments.runs, arguments.seeds))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def build_base(
     """  # noqa: D301  click reads the \b
     from graftlm.experiment import base  # imports torch
 
-    few = base.BaseRecipe(llm_steps=20, images=256, clips=64, sounds=256, clouds=256, encoder_epochs=1)
+    few = base.BaseRecipe(llm_steps=20, letter_steps=20, images=256, clips=64, sounds=256, clouds=256, encoder_epochs=1)
     console = errors()
 
     def log(text: str) -> None:

@@ -9,6 +9,7 @@ learned again from its parent, and predictions continue after the last finished 
 import contextlib
 import multiprocessing
 import signal
+import sqlite3
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from graftlm.core import seeds
 from graftlm.core.errors import GraftError, RunError
@@ -132,13 +134,24 @@ class Worker:
         )
 
     def do(self, cell: Cell, progress: Progress) -> None:
-        """Finish a cell, from wherever it is."""
-        if cell.kind == "base":
-            self._base(progress)
-        elif cell.kind == "expert":
-            self._expert(cell.name, progress)
-        else:
-            self._method(cell.name, progress)
+        """Finish a cell, from wherever it is.
+
+        Raises:
+            RunError: a file could not be written: no space, no rights.
+            GraftError: whatever else went wrong and can be named.
+        """
+        try:
+            if cell.kind == "base":
+                self._base(progress)
+            elif cell.kind == "expert":
+                self._expert(cell.name, progress)
+            else:
+                self._method(cell.name, progress)
+        except (OSError, SafetensorError, sqlite3.Error) as error:
+            raise RunError(
+                f"a file could not be read or written ({error}). Make space or correct the rights, and run the same "
+                f"command again: what was finished is kept."
+            ) from error
 
     def _base(self, progress: Progress) -> None:
         folder = self.store.base()

@@ -2,10 +2,12 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, worlds: Path) -> dict[
 
 @pytest.mark.parametrize(
     "point",
-    ["stage.learned", "folder.written:3", "folder.renamed:6", "stage.saved:5", "batch.predicted:40", "journal.measured:7"],
+    [
+        "stage.learned",
+        "folder.written:3",
+        "folder.renamed:6",
+        "stage.saved:5",
+        "batch.predicted:40",
+        "journal.measured:7",
+    ],
 )
 def test_killed_at_a_named_point(point: str, tmp_path: Path, worlds: Path, undisturbed: dict[str, bytes]) -> None:
     out, cache = tmp_path / "run", fresh_cache(tmp_path, worlds)
@@ -89,6 +98,34 @@ def test_killed_at_random_times(tmp_path: Path, worlds: Path, undisturbed: dict[
     assert content(out) == undisturbed
 
 
+def limit_files(size: int) -> Callable[[], None]:
+    """No file of the process may grow beyond ``size`` bytes: writing fails as on a full disk."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    return limit
+
+
+@pytest.mark.parametrize("size", [100_000, 1_000_000])
+def test_a_full_disk_is_named_and_nothing_is_lost(
+    size: int, tmp_path: Path, worlds: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out, cache = tmp_path / "run", fresh_cache(tmp_path, worlds)
+    full = subprocess.run(
+        command(out, "jobs=1"),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=limit_files(size),
+    )
+    assert full.returncode == 2
+    assert "could not be read or written" in " ".join(full.stderr.split())
+    finish(out, cache, "jobs=1")
+    assert content(out) == undisturbed
+
+
 def test_a_second_process_is_refused(tmp_path: Path, worlds: Path) -> None:
     out, cache = tmp_path / "run", fresh_cache(tmp_path, worlds)
     first = subprocess.Popen(command(out, "jobs=1"), env=environment(cache), stderr=subprocess.DEVNULL)
@@ -96,7 +133,9 @@ def test_a_second_process_is_refused(tmp_path: Path, worlds: Path) -> None:
         deadline = time.monotonic() + 120
         while not (out / "experts").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        second = subprocess.run(command(out, "jobs=1"), env=environment(cache), capture_output=True, text=True, timeout=120)
+        second = subprocess.run(
+            command(out, "jobs=1"), env=environment(cache), capture_output=True, text=True, timeout=120
+        )
         assert second.returncode == 2
         assert "another process is working on this run folder" in " ".join(second.stderr.split())
     finally:
@@ -108,7 +147,10 @@ def test_a_flipped_byte_is_named_and_the_rest_kept(tmp_path: Path, worlds: Path)
     """The checkpoint of stage 2 is damaged after a crash in stage 3: the run stops and says which file."""
     out, cache = tmp_path / "run", fresh_cache(tmp_path, worlds)
     killed = subprocess.run(
-        command(out, "jobs=1"), env=environment(cache, GRAFTLM_KILL_AT="stage.start:6"), capture_output=True, timeout=300
+        command(out, "jobs=1"),
+        env=environment(cache, GRAFTLM_KILL_AT="stage.start:6"),
+        capture_output=True,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL
     victim = out / "methods/mera/2-video/checkpoint/connectors.video.safetensors"

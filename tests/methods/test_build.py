@@ -27,7 +27,10 @@ def test_every_method_declares_paper_and_differences() -> None:
     ("entries", "message"),
     [
         (["meera"], r"methods\[0\]: no method 'meera'; did you mean 'mera'\?"),
-        ([{"replay": {"fractoin": 0.1}}], r"methods\[0\]\.replay\.fractoin: no such setting; did you mean 'fraction'\?"),
+        (
+            [{"replay": {"fractoin": 0.1}}],
+            r"methods\[0\]\.replay\.fractoin: no such setting; did you mean 'fraction'\?",
+        ),
         ([{"replay": {"fraction": 1.5}}], r"methods\[0\]\.replay\.fraction: 1\.5 is not a share"),
         ([{"replay": {"fraction": -0.1}}], r"methods\[0\]\.replay\.fraction: -0\.1 is not a share"),
         ([{"mera": {"fraction": 2}}], r"methods\[0\]\.mera\.fraction: 2\.0 is not a share"),

@@ -40,10 +40,9 @@ TASKS = ("coco", "okvqa", "msvd", "msvd_qa", "audiocaps", "clotho_aqa", "cap3d",
 
 TUNED: Mapping[str, Sequence[str]] = {
     "realign": [f"methods={{realign: [{{realign: {{lr: {lr}}}}}]}}" for lr in ("5e-4", "1e-3", "2e-3")],
-    "mera": [f"methods={{mera: [{{mera: {{lr: {lr}}}}}]}}" for lr in ("5e-4", "1e-3", "2e-3")],
     "replay": [f"methods={{replay: [{{replay: {{repeat: {n}}}}}]}}" for n in (1, 2, 3)],
 }
-"""Three settings for every method that has a setting of its own; the others have none beside the shared schedule."""
+"""Three settings for every ingredient that has one of its own, the others share the schedule; MERA takes realigning's."""
 
 
 RATES = (2.5e-3, 5e-3, 1e-2)

@@ -36,8 +36,11 @@ class Pool(nn.Module):
         super().__init__()
         self.factor = factor
         self.side = round(tokens**0.5)
-        if factor > 1 and (self.side**2 != tokens or self.side % factor):
-            raise ConfigError(f"connector: pool {factor} needs a square grid that it divides; the encoder gives {tokens} tokens.")
+        if factor < 1 or (factor > 1 and (self.side**2 != tokens or self.side % factor)):
+            raise ConfigError(
+                f"connector: pool {factor}, but the encoder gives {tokens} tokens; a square grid with a side that pool "
+                f"divides is expected, or pool 1. Correct model.modalities.*.connector.pool."
+            )
         self.tokens = tokens // factor**2
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -92,9 +95,21 @@ class QFormer(Connector):
     """
 
     def __init__(
-        self, encoder_width: int, encoder_tokens: int, llm_width: int, *, queries: int = 32, layers: int = 2, heads: int = 4
+        self,
+        encoder_width: int,
+        encoder_tokens: int,
+        llm_width: int,
+        *,
+        queries: int = 32,
+        layers: int = 2,
+        heads: int = 4,
     ) -> None:
         super().__init__()
+        if queries < 1 or heads < 1 or llm_width % heads:
+            raise ConfigError(
+                f"connector qformer: {queries} queries and {heads} heads at width {llm_width}; at least one query, and "
+                f"heads that divide the width, are expected. Correct model.modalities.*.connector."
+            )
         self.tokens = queries
         self.query = nn.Parameter(0.5 * torch.randn(queries, llm_width))
         self.position = nn.Parameter(0.2 * torch.randn(encoder_tokens, llm_width))

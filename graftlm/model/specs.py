@@ -1,11 +1,12 @@
 """What to build: a multimodal LLM as plain data that travels in checkpoints and experiment files."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from graftlm.core.errors import CheckpointError
-from graftlm.data.types import Modality
+from graftlm.core.errors import CheckpointError, ConfigError
+from graftlm.data.types import TEXT, Modality
 
 __all__ = ["ConnectorSpec", "EncoderSpec", "LoraSpec", "ModalitySpec", "ModelSpec"]
 
@@ -34,11 +35,22 @@ class ConnectorSpec:
 
 @dataclass(frozen=True)
 class ModalitySpec:
-    """All it takes to give the LLM a new sense."""
+    """All it takes to give the LLM a new sense.
+
+    Raises:
+        ConfigError: the name cannot be a slot ``<name>`` of a prompt.
+    """
 
     name: Modality
     encoder: EncoderSpec
     connector: ConnectorSpec
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[a-z0-9_]+", self.name) or self.name == TEXT:
+            raise ConfigError(
+                f"modality '{self.name}': not a name for a slot <{self.name}> and for files; a-z, 0-9 and _ are expected, "
+                f"and '{TEXT}' is taken. Rename it."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -54,7 +66,9 @@ class ModalitySpec:
         try:
             return cls(values["name"], EncoderSpec(**values["encoder"]), ConnectorSpec(**values["connector"]))
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"modality {dict(values)}: {error}; name, encoder and connector are expected.") from None
+            raise CheckpointError(
+                f"modality {values}: {error}; name, encoder and connector are expected. Use another copy."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -89,11 +103,15 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelSpec":
-        """From `to_dict`."""
-        lora = values.get("lora")
+        """From `to_dict`.
+
+        Raises:
+            KeyError, TypeError: a key is missing or unknown; who read the file names it.
+        """
+        lora = values["lora"]
         return cls(
             values["llm"],
             tuple(ModalitySpec.from_dict(each) for each in values["modalities"]),
-            LoraSpec(**lora) if lora else None,
+            None if lora is None else LoraSpec(**lora),
             values["dtype"],
         )

@@ -1,4 +1,4 @@
-"""The mini world's encoders: small, imperfect on purpose, trained on scenes of the training split (`experiment.base`)."""
+"""The mini world's encoders: small, imperfect on purpose, trained on scenes of the training split by `experiment.base`."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftlm.core.errors import DataError
 from graftlm.data import media
 from graftlm.model.encoders.base import Encoder
 
@@ -105,6 +106,10 @@ class PointEncoder(Encoder):
     def read(self, source: Path) -> Tensor:
         """Float (8, P / 8, 6): xyz and rgb in slabs; the last points that fill no slab are left out."""
         points = media.load_points(source)
+        if len(points) < SLABS:
+            raise DataError(
+                f"{source}: {len(points)} points; at least {SLABS} are expected. Restore the file, or use skip_bad=true."
+            )
         return group_points(points[None, : len(points) // SLABS * SLABS])[0]
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ def load_frames(path: Path, count: int, size: int | None = None) -> Tensor:
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise _corrupt(path, "video", error) from error
     if not frames:
-        raise DataError(f"{path}: no frame in this video. At least one is expected; restore the file, or use skip_bad=true.")
+        raise DataError(
+            f"{path}: no frame in this video. At least one is expected; restore the file, or use skip_bad=true."
+        )
     chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
     if size is not None:
         chosen = [f if f.size == (size, size) else f.resize((size, size), Image.Resampling.BICUBIC) for f in chosen]
@@ -74,7 +76,9 @@ def load_audio(path: Path, rate: int) -> Tensor:
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise _corrupt(path, "audio", error) from error
     if not len(wave):
-        raise DataError(f"{path}: no sample in this sound. At least one is expected; restore the file, or use skip_bad=true.")
+        raise DataError(
+            f"{path}: no sample in this sound. At least one is expected; restore the file, or use skip_bad=true."
+        )
     mono = wave.mean(axis=1)
     return torch.from_numpy(mono if own_rate == rate else soxr.resample(mono, own_rate, rate).astype(np.float32))
 
@@ -146,10 +150,14 @@ def _read_ply(path: Path) -> Tensor:
 
 def _expect_file(path: Path, kind: str) -> None:
     if not path.is_file():
-        raise DataError(f"{path}: this {kind} is missing. Restore the file, or leave its samples out with skip_bad=true.")
+        raise DataError(
+            f"{path}: this {kind} is missing. Restore the file, or leave its samples out with skip_bad=true."
+        )
     if os.path.getsize(path) == 0:
         raise DataError(f"{path}: this {kind} is empty. Restore the file, or leave its samples out with skip_bad=true.")
 
 
 def _corrupt(path: Path, kind: str, error: object) -> DataError:
-    return DataError(f"{path}: corrupt {kind} ({error}). Restore the file, or leave its samples out with skip_bad=true.")
+    return DataError(
+        f"{path}: corrupt {kind} ({error}). Restore the file, or leave its samples out with skip_bad=true."
+    )

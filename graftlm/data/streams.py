@@ -72,7 +72,9 @@ def _stage(root: Path, modality: str, name: str, suffix: str, skip_bad: bool) ->
     tasks = tuple(_load(task, root, skip_bad, suffix) for task in MERA[modality])
     for task in tasks:
         if not task.train:
-            raise DataError(f"{task.name}: no training sample in {root}. At least one is expected; check the annotation files.")
+            raise DataError(
+                f"{task.name}: no training sample in {root}. At least one is expected; check the annotation files."
+            )
     return Stage(name, tasks)
 
 

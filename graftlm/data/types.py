@@ -11,7 +11,20 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["IGNORE", "SLOT", "TEXT", "Batch", "Media", "Modality", "Output", "Phase", "Sample", "Stage", "Stream", "Task"]
+__all__ = [
+    "IGNORE",
+    "SLOT",
+    "TEXT",
+    "Batch",
+    "Media",
+    "Modality",
+    "Output",
+    "Phase",
+    "Sample",
+    "Stage",
+    "Stream",
+    "Task",
+]
 
 Modality = str
 """A name such as "image", "video", "audio", "point"; any new name is a new modality."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ def fuse(
     batch: Batch,
     tokens: Mapping[Modality, Tensor],
     modality_index: Mapping[Modality, int],
+    *,
+    padding: Literal["left", "right"] | None = None,
 ) -> Fused:
     """Expand every slot to its item's L' positions; padding stays on its side.
 
@@ -37,6 +40,8 @@ def fuse(
         embed: the LLM's input embedding, Int (...) -> Float (..., D).
         tokens: connector outputs per modality, Float (N, L', D), in the order of ``batch.places``.
         modality_index: id of each modality, from 1.
+        padding: side of it; None is where the batch has its own. Rows of one length have none until their items become
+            different numbers of tokens, so who generates must say left.
 
     Raises:
         DataError: slots and items do not match.
@@ -48,7 +53,7 @@ def fuse(
     for modality, values in tokens.items():
         row, column = batch.places[modality].unbind(1)
         width[row, column] = values.shape[1]
-    padding_left = bool((~batch.attention_mask[:, 0]).any())
+    padding_left = padding == "left" if padding else bool((~batch.attention_mask[:, 0]).any())
     ends = width.cumsum(1)
     length = int(ends[:, -1].max())
     starts = ends - width + (length - ends[:, -1:] if padding_left else 0)
@@ -73,16 +78,16 @@ def fuse(
 
 
 def _check(batch: Batch, tokens: Mapping[Modality, Tensor]) -> None:
-    slots = int((batch.input_ids == SLOT).sum())
-    items = sum(len(values) for values in tokens.values())
+    slots = batch.input_ids == SLOT
+    placed = torch.zeros_like(slots)
+    check = f"one item per slot is expected. Check the samples {', '.join(batch.ids[:4])}."
     for modality, values in tokens.items():
-        if len(batch.places[modality]) != len(values):
-            raise DataError(
-                f"{modality}: {len(batch.places[modality])} slots in the text, but {len(values)} items; one item per slot is "
-                f"expected. Check the samples {', '.join(batch.ids[:4])}."
-            )
-    if slots != items:
-        raise DataError(
-            f"{slots} media slots in the text, but {items} items of {sorted(tokens)}; one item per slot is expected. "
-            f"Check the samples {', '.join(batch.ids[:4])}."
-        )
+        where = batch.places.get(modality, batch.input_ids.new_zeros(0, 2))
+        if len(where) != len(values):
+            raise DataError(f"{modality}: {len(where)} slots in the text, but {len(values)} items; {check}")
+        placed[where.unbind(1)] = True
+    items = sum(len(values) for values in tokens.values())
+    if int(slots.sum()) != items:
+        raise DataError(f"{int(slots.sum())} media slots in the text, but {items} items of {sorted(tokens)}; {check}")
+    if not torch.equal(placed, slots):
+        raise DataError(f"{items} media slots in the text, but the items have other places; {check}")

@@ -40,7 +40,11 @@ def base_folder(llm: str) -> Path:
     packaged = llm == "miniworld"
     folder = Path(str(resources.files("graftlm.data.miniworld"))) / "base" / "llm" if packaged else Path(llm)
     if not (folder / "config.json").is_file():
-        do = "Run `graftlm build-base`." if packaged else "Name a folder in the layout of Hugging Face; nothing is downloaded."
+        do = (
+            "Run `graftlm build-base`."
+            if packaged
+            else "Name a folder in the layout of Hugging Face; nothing is downloaded."
+        )
         raise CheckpointError(f"no language model at {folder} (config.json is missing). {do}")
     return folder
 
@@ -89,7 +93,11 @@ class MultimodalLM(nn.Module):
         folder = base_folder(spec.llm)
         try:
             llm = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=getattr(torch, spec.dtype)
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=getattr(torch, spec.dtype),
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -148,9 +156,7 @@ class MultimodalLM(nn.Module):
 
     def batch(self, samples: Sequence[Sample], *, answers: bool = True) -> Batch:
         """Samples as tensors: right-padded with labels to learn from, or left-padded to answer."""
-        return collate(
-            samples, self.tokenizer, self._load, answers=answers, encoded=self.features is not None
-        )
+        return collate(samples, self.tokenizer, self._load, answers=answers, encoded=self.features is not None)
 
     def _load(self, modality: Modality, items: Sequence[Media]) -> Tensor:
         encoder = self.encoder(modality)
@@ -180,7 +186,11 @@ class MultimodalLM(nn.Module):
         wanted = targets[:, kept]
         picked = scores if trim else scores[:, kept]
         learned = wanted != IGNORE
-        loss = F.cross_entropy(picked[learned].float(), wanted[learned]) if len(kept) else scores.new_zeros((), dtype=torch.float32)
+        loss = (
+            F.cross_entropy(picked[learned].float(), wanted[learned])
+            if len(kept)
+            else scores.new_zeros((), dtype=torch.float32)
+        )
         return Output(
             loss=loss,
             labels=fused.labels,
@@ -243,7 +253,9 @@ class MultimodalLM(nn.Module):
         from graftlm.model.checkpoint import hash_llm
 
         base = hash_llm(self.folder) if self.folder else ""
-        return hash_json({"llm": base, "encoders": {m.name: build_encoder(m.encoder).fingerprint() for m in self.spec.modalities}})
+        return hash_json(
+            {"llm": base, "encoders": {m.name: build_encoder(m.encoder).fingerprint() for m in self.spec.modalities}}
+        )
 
     def _head(self) -> nn.Module:
         head = self.llm.get_output_embeddings()

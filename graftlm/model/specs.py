@@ -48,8 +48,8 @@ class ModalitySpec:
     def __post_init__(self) -> None:
         if not re.fullmatch("[a-z0-9_]+", self.name) or self.name == TEXT:
             raise ConfigError(
-                f"modality '{self.name}': not a name for a slot <{self.name}> and for files; a-z, 0-9 and _ are expected, "
-                f"and '{TEXT}' is taken. Rename it."
+                f"modality '{self.name}': cannot be a slot <{self.name}> of a prompt; a-z, 0-9 and _ are expected, and "
+                f"'{TEXT}' is taken. Rename it."
             )
 
     def to_dict(self) -> dict[str, Any]:

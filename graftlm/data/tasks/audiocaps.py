@@ -28,7 +28,8 @@ def load(
         rows = read_csv(root / "dataset" / f"{split}.csv", ("audiocap_id", "youtube_id", "start_time", "caption"))
         if split == "train":
             return [
-                Sample(row["audiocap_id"], name, one("audio", _sound(root, row)), prompt, (row["caption"],)) for row in rows
+                Sample(row["audiocap_id"], name, one("audio", _sound(root, row)), prompt, (row["caption"],))
+                for row in rows
             ]
         clips: dict[Path, list[str]] = {}
         for row in rows:

@@ -28,7 +28,13 @@ def load(
     def samples(split: str) -> list[Sample]:
         rows = read_csv(root / f"cap3d_qa_{split}.csv", ("sample_id", "question", "answer"))
         return [
-            Sample(f"{row['sample_id']}.{i}", name, one("point", cloud(clouds, row["sample_id"])), row["question"], (row["answer"],))
+            Sample(
+                f"{row['sample_id']}.{i}",
+                name,
+                one("point", cloud(clouds, row["sample_id"])),
+                row["question"],
+                (row["answer"],),
+            )
             for i, row in enumerate(rows)
         ]
 

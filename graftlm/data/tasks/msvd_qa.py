@@ -18,14 +18,18 @@ __all__ = ["load"]
 
 def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: str = "msvd_qa") -> Task:
     """Read the data set; ``root`` is the MSVD folder."""
-    clips = {number: clip_name for clip_name, number in (line.split() for line in read_lines(root / "youtube_mapping.txt"))}
+    clips = {
+        number: clip_name for clip_name, number in (line.split() for line in read_lines(root / "youtube_mapping.txt"))
+    }
 
     def samples(split: str) -> list[Sample]:
         found = []
         for each in read_json(root / f"{split}_qa.json"):
             number = f"vid{each['video_id']}"
             if number not in clips:
-                raise DataError(f"{name}: question {each['id']} is about {number}, which youtube_mapping.txt lacks. Restore it.")
+                raise DataError(
+                    f"{name}: question {each['id']} is about {number}, which youtube_mapping.txt lacks. Restore it."
+                )
             media = one("video", clip(root, clips[number]))
             found.append(Sample(str(each["id"]), name, media, each["question"], (str(each["answer"]),)))
         return found

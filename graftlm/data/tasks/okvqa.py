@@ -53,9 +53,7 @@ def load(
         return found
 
     splits = [samples(s) for s in ("train", "val", "test")]
-    return task(
-        name, "qa", ("image",), "vqa", splits, root=root, skip_bad=skip_bad, limit=limit, max_new_tokens=10
-    )
+    return task(name, "qa", ("image",), "vqa", splits, root=root, skip_bad=skip_bad, limit=limit, max_new_tokens=10)
 
 
 def _picture(pictures: Path, split: str, number: int) -> Path:

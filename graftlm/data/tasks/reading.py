@@ -58,7 +58,9 @@ def read_csv(path: Path, columns: Sequence[str], *, header: bool = True) -> list
         raise DataError(f"{path}: columns {missing} are missing; it has {names}. Restore the annotation file.")
     body = rows[1:] if header else rows
     if bad := next((i for i, row in enumerate(body, 1 + header) if row and len(row) != len(names)), 0):
-        raise DataError(f"{path}, row {bad}: {len(body[bad - 1 - header])} fields, but {len(names)} columns. Restore the file.")
+        raise DataError(
+            f"{path}, row {bad}: {len(body[bad - 1 - header])} fields, but {len(names)} columns. Restore the file."
+        )
     return [dict(zip(names, row, strict=True)) for row in body if row]
 
 
@@ -70,7 +72,9 @@ def inside(root: Path, *parts: str) -> Path:
     """
     relative = PurePosixPath(*parts)
     if relative.is_absolute() or ".." in relative.parts:
-        raise DataError(f"{root}: an annotation names '{relative}', outside of the data set. A path inside it is expected.")
+        raise DataError(
+            f"{root}: an annotation names '{relative}', outside of the data set. A path inside it is expected."
+        )
     return root / relative
 
 
@@ -105,7 +109,9 @@ def task(
         skipped += len(every) - len(whole)
         kept.append(whole)
     if not any(kept):
-        raise DataError(f"{name}: no sample in {root}{f' ({skipped} skipped)' if skipped else ''}. Check the annotation files.")
+        raise DataError(
+            f"{name}: no sample in {root}{f' ({skipped} skipped)' if skipped else ''}. Check the annotation files."
+        )
     if skipped:
         log.warning("%s: %d samples skipped because their media are missing or corrupt", name, skipped)
     source = f"{root.name}, {sum(map(len, kept))} samples" + (f", {skipped} skipped" if skipped else "")
@@ -141,7 +147,15 @@ def verify(found: Task, *, skip_bad: bool = False) -> Task:
     log.warning("%s: %d samples skipped because their media are corrupt", found.name, skipped)
     source = f"{found.source}, {skipped} corrupt skipped"
     return Task(
-        found.name, found.kind, found.modalities, found.metric, splits[0], splits[1], splits[2], found.max_new_tokens, source
+        found.name,
+        found.kind,
+        found.modalities,
+        found.metric,
+        splits[0],
+        splits[1],
+        splits[2],
+        found.max_new_tokens,
+        source,
     )
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from graftlm.core.errors import CheckpointError
+from graftlm.core.errors import CheckpointError, ConfigError
+from graftlm.core.files import hash_json
+from graftlm.core.seeds import derive
 from graftlm.model.encoders import ENCODERS
 from graftlm.model.specs import EncoderSpec
 
@@ -24,10 +27,12 @@ class Encoder(nn.Module, ABC):
     Attributes:
         width: E.
         tokens: L, tokens per item.
+        settings: what it was built with; set by `build_encoder`.
     """
 
     width: int
     tokens: int
+    settings: Mapping[str, Any] = {}
     packaged: ClassVar[str] = ""
     """File of this encoder in the packaged base, for ``weights: miniworld``."""
 
@@ -48,41 +53,48 @@ class Encoder(nn.Module, ABC):
         return super().train(False)
 
     def fingerprint(self) -> str:
-        """A hash of the encoder's kind and weights: what a cached feature depends on beside the file."""
+        """A hash of the encoder's kind, settings and weights: which encoder a connector was trained on."""
         digest = hashlib.sha256(f"{type(self).__module__}.{type(self).__qualname__} {self.extra_repr()}".encode())
+        if self.settings:  # frames or size change features, but no weight
+            digest.update(hash_json(dict(self.settings)).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
 def build_encoder(spec: EncoderSpec) -> Encoder:
-    """The encoder of a spec, with its weights, frozen.
+    """The encoder of a spec, with its weights, frozen. Random weights are the same ones in every process.
 
     Raises:
-        ConfigError: no encoder of that kind.
-        CheckpointError: the weights are missing or do not fit.
+        ConfigError: no encoder of that kind, or a setting that it does not have.
+        CheckpointError: the weights are missing, damaged or do not fit.
     """
-    encoder: Encoder = ENCODERS.get(spec.kind)(**spec.settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive(0, "encoder", spec.kind))
+        try:
+            encoder: Encoder = ENCODERS.get(spec.kind)(**spec.settings)
+        except TypeError as error:
+            raise ConfigError(f"encoder {spec.kind}: {error}. Correct model.modalities.*.encoder.") from None
+    encoder.settings = dict(spec.settings)
     if spec.weights is not None:
-        _load(encoder, spec)
+        _load(encoder, spec.kind, spec.weights)
     return encoder.requires_grad_(False).train(False)
 
 
-def _load(encoder: Encoder, spec: EncoderSpec) -> None:
-    path = Path(spec.weights or "")
-    if spec.weights == "miniworld":
-        path = Path(str(resources.files("graftlm.data.miniworld"))) / "base" / "encoders" / f"{encoder.packaged}.safetensors"
+def _load(encoder: Encoder, kind: str, weights: str) -> None:
+    packaged = weights == "miniworld"
+    path = Path(weights)
+    if packaged:
+        base = Path(str(resources.files("graftlm.data.miniworld"))) / "base"
+        path = base / "encoders" / f"{encoder.packaged}.safetensors"
     if not path.is_file():
-        raise CheckpointError(
-            f"encoder {spec.kind}: no weights at {path}; a safetensors file is expected. "
-            f"{'Run `graftlm build-base`.' if spec.weights == 'miniworld' else 'Correct model.modalities.*.encoder.weights.'}"
-        )
-    weights: Mapping[str, Any] = load_file(path)
+        do = "Run `graftlm build-base`." if packaged else "Correct model.modalities.*.encoder.weights."
+        raise CheckpointError(f"encoder {kind}: no weights at {path}; a safetensors file is expected. {do}")
     try:
-        encoder.load_state_dict({name: _float(tensor) for name, tensor in weights.items()})
-    except RuntimeError as error:
-        raise CheckpointError(f"encoder {spec.kind}: {path} does not fit ({error}). Use the weights of this kind.") from None
+        encoder.load_state_dict({name: _float(tensor) for name, tensor in load_file(path).items()})
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"encoder {kind}: {path} does not fit ({error}). Use the weights of this kind.") from None
 
 
 def _float(tensor: Tensor) -> Tensor:

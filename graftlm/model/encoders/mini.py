@@ -1,4 +1,4 @@
-"""The mini world's encoders: small, imperfect on purpose, trained on scenes of the training split by `experiment.base`."""
+"""The mini world's encoders: small, imperfect on purpose, trained on training scenes by `experiment.base`."""
 
 from pathlib import Path
 
@@ -108,7 +108,7 @@ class PointEncoder(Encoder):
         points = media.load_points(source)
         if len(points) < SLABS:
             raise DataError(
-                f"{source}: {len(points)} points; at least {SLABS} are expected. Restore the file, or use skip_bad=true."
+                f"{source}: {len(points)} points; at least {SLABS} are expected. Restore it, or use skip_bad=true."
             )
         return group_points(points[None, : len(points) // SLABS * SLABS])[0]
 

@@ -18,10 +18,10 @@ demo: $(READY)    ## MERA against fine-tuning on the mini world, then its report
 	$(BIN)/graftlm run mera-miniworld --out runs/mera-miniworld
 
 test: lint        ## Lint, types and every test.
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: lint       ## Lint, types and the quick tests.
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(READY)    ## Lint, format and types.
 	$(BIN)/ruff check .

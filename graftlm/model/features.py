@@ -227,8 +227,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _code(encoder: Encoder) -> list[str]:
     """Hashes of the source files that turn a file into features."""
     modules = {sys.modules[each.__module__] for each in type(encoder).__mro__ if issubclass(each, Encoder)} | {media}
-    files = sorted(module.__file__ for module in modules if module.__file__)
-    return [hash_file(Path(file)) for file in files]
+    files = {vars(module).get("__file__") for module in modules}  # a notebook has none
+    return [hash_file(Path(file)) for file in sorted(file for file in files if file)]
 
 
 @torch.no_grad()

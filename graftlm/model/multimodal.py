@@ -1,21 +1,22 @@
 """A multimodal LLM: encode, connect, fuse, and let the LLM speak.
 
-Three named parts, ``encoders.<modality>``, ``connectors.<modality>`` and ``llm``; a part is a prefix of parameter names.
-No modality is special: each is one `ModalitySpec`.
+Three named parts, ``encoders.<modality>``, ``connectors.<modality>`` and ``llm``; a part is a prefix of parameter
+names. No modality is special: each is one `ModalitySpec`.
 """
 
 import inspect
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftlm.core.errors import CheckpointError, ConfigError, DataError
-from graftlm.core.files import hash_json
+from graftlm.core.files import hash_file, hash_json
 from graftlm.data.collate import collate
 from graftlm.data.types import IGNORE, TEXT, Batch, Media, Modality, Output, Sample
 from graftlm.model.adapters import StageAdapter
@@ -23,12 +24,18 @@ from graftlm.model.connectors import Connector, build_connector
 from graftlm.model.encoders.base import Encoder, build_encoder
 from graftlm.model.features import FeatureCache
 from graftlm.model.fusion import Fused, fuse
+from graftlm.model.generate import decode, forget_habits
 from graftlm.model.specs import ModalitySpec, ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["MultimodalLM", "base_folder"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+TAKEN = frozenset(dir(nn.ModuleDict()))
+"""Names that a module of PyTorch cannot give to a part."""
 
 
 def base_folder(llm: str) -> Path:
@@ -40,11 +47,7 @@ def base_folder(llm: str) -> Path:
     packaged = llm == "miniworld"
     folder = Path(str(resources.files("graftlm.data.miniworld"))) / "base" / "llm" if packaged else Path(llm)
     if not (folder / "config.json").is_file():
-        do = (
-            "Run `graftlm build-base`."
-            if packaged
-            else "Name a folder in the layout of Hugging Face; nothing is downloaded."
-        )
+        do = "Run `graftlm build-base`." if packaged else "Name a Hugging Face folder; nothing is downloaded."
         raise CheckpointError(f"no language model at {folder} (config.json is missing). {do}")
     return folder
 
@@ -78,6 +81,7 @@ class MultimodalLM(nn.Module):
         self.specs: dict[Modality, ModalitySpec] = {}
         self.adapter = StageAdapter(llm, spec.lora, folder, llm.dtype)
         self._trims_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
+        forget_habits(llm)
 
     @classmethod
     def build(
@@ -86,23 +90,14 @@ class MultimodalLM(nn.Module):
         """The base LLM of a spec, without any modality yet.
 
         Raises:
-            CheckpointError: the LLM's folder is missing or cannot be read.
+            CheckpointError: the LLM's folder is missing, incomplete or cannot be read.
+            ConfigError: the dtype is not one of `ModelSpec`.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        if spec.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype: '{spec.dtype}'; one of {', '.join(DTYPES)} is expected.")
         folder = base_folder(spec.llm)
-        try:
-            llm = AutoModelForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=getattr(torch, spec.dtype),
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: cannot be read as a causal LLM ({error}). Check the folder.") from error
-        return cls(llm, tokenizer, spec, folder=folder, features=features).to(device).eval()
+        llm = _read_llm(folder, DTYPES[spec.dtype])
+        return cls(llm, _read_tokenizer(folder, llm), spec, folder=folder, features=features).to(device).eval()
 
     @property
     def device(self) -> torch.device:
@@ -123,14 +118,17 @@ class MultimodalLM(nn.Module):
         """Build the encoder and a fresh connector. The connector depends on ``seed`` alone.
 
         Raises:
-            ConfigError: the modality is there already, or "text".
+            ConfigError: the name is taken, or encoder or connector do not exist or fit.
         """
-        if spec.name in self.specs or spec.name == TEXT:
+        if spec.name in self.specs or spec.name in TAKEN:
             raise ConfigError(f"modality '{spec.name}' is there already; a new name is expected ({list(self.specs)}).")
         encoder = build_encoder(spec.encoder)
+        width = (
+            self.llm.get_input_embeddings().get_parameter("weight").shape[1]
+        )  # of some LLMs not the width of their layers
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            connector = build_connector(spec.connector, encoder.width, encoder.tokens, self.llm.config.hidden_size)
+            torch.default_generator.manual_seed(seed)
+            connector = build_connector(spec.connector, encoder.width, encoder.tokens, width)
         self.encoders[spec.name] = encoder.to(self.device)
         self.connectors[spec.name] = connector.requires_grad_(False).to(self.device)
         self.specs[spec.name] = spec
@@ -162,7 +160,13 @@ class MultimodalLM(nn.Module):
         encoder = self.encoder(modality)
         if self.features is not None:
             return self.features.get(encoder, items)
-        return torch.stack([encoder.read(item.source) for item in items])
+        inputs = [encoder.read(item.source) for item in items]
+        if len(shapes := {tuple(each.shape) for each in inputs}) > 1:
+            raise DataError(
+                f"{modality}: raw inputs of shapes {sorted(shapes)} in one batch ({items[0].source} ...); one shape is "
+                f"expected. Use a FeatureCache, which encodes file by file."
+            )
+        return torch.stack(inputs)
 
     def forward(self, batch: Batch, *, logits: bool = False, hidden: bool = False) -> Output:
         """Loss of the answers, and more if asked for.
@@ -186,13 +190,8 @@ class MultimodalLM(nn.Module):
         wanted = targets[:, kept]
         picked = scores if trim else scores[:, kept]
         learned = wanted != IGNORE
-        loss = (
-            F.cross_entropy(picked[learned].float(), wanted[learned])
-            if len(kept)
-            else scores.new_zeros((), dtype=torch.float32)
-        )
         return Output(
-            loss=loss,
+            loss=_cross_entropy(picked[learned], wanted[learned]),
             labels=fused.labels,
             modality_ids=fused.modality_ids,
             attention_mask=fused.attention_mask,
@@ -200,19 +199,20 @@ class MultimodalLM(nn.Module):
             hidden=seen[0] if hidden else None,
         )
 
-    def fuse(self, batch: Batch) -> Fused:
-        """A batch as the LLM sees it."""
+    def fuse(self, batch: Batch, *, padding: Literal["left", "right"] | None = None) -> Fused:
+        """A batch as the LLM sees it; see `fusion.fuse` for ``padding``."""
         batch = _moved(batch, self.device)
         tokens = {}
         for modality, values in batch.media.items():
             encoder = self.encoder(modality)
             if not batch.encoded:
-                with torch.no_grad():
+                # without autocast, as in the cache: with or without one, a model is trained on the same features
+                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                     values = encoder(values)
             connector = self.connectors[modality]
             assert isinstance(connector, Connector)
             tokens[modality] = connector(values)
-        return fuse(self.llm.get_input_embeddings(), batch, tokens, self.modality_index)
+        return fuse(self.llm.get_input_embeddings(), batch, tokens, self.modality_index, padding=padding)
 
     @torch.no_grad()
     def generate(
@@ -231,35 +231,30 @@ class MultimodalLM(nn.Module):
         """
         training = self.training
         self.eval()
-        fused = self.fuse(self.batch(samples, answers=False))
-        tokenizer = self.tokenizer
-        arguments: dict[str, Any] = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            tokens = self.llm.generate(
-                inputs_embeds=fused.embeds,
-                attention_mask=fused.attention_mask.long(),
+        try:
+            fused = self.fuse(self.batch(samples, answers=False), padding="left")
+            return decode(
+                self.llm,
+                self.tokenizer,
+                fused,
                 max_new_tokens=max_new_tokens,
-                use_cache=True,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                **arguments,
+                temperature=temperature if sample else None,
+                seed=seed,
             )
-        self.train(training)
-        return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        finally:
+            self.train(training)
 
     def fingerprint(self) -> str:
-        """Hash of the base LLM's files and of the encoders that may join it."""
+        """Hash of the base LLM's files, its tokenizer's too, and of the encoders that may join it."""
         from graftlm.model.checkpoint import hash_llm
 
-        base = hash_llm(self.folder) if self.folder else ""
-        return hash_json(
-            {"llm": base, "encoders": {m.name: build_encoder(m.encoder).fingerprint() for m in self.spec.modalities}}
-        )
+        files = sorted(self.folder.iterdir()) if self.folder else []
+        texts = {file.name: hash_file(file) for file in files if file.suffix in (".json", ".jinja", ".model", ".txt")}
+        encoders = {each.name: build_encoder(each.encoder).fingerprint() for each in self.spec.modalities}
+        return hash_json({"llm": hash_llm(self.folder) if self.folder else "", "texts": texts, "encoders": encoders})
 
     def _head(self) -> nn.Module:
-        head = self.llm.get_output_embeddings()
-        assert head is not None
+        head: nn.Module = self.llm.get_output_embeddings()  # type: ignore[no-untyped-call]
         return head
 
     def _masks(self, fused: Fused) -> dict[str, Tensor]:
@@ -271,8 +266,6 @@ class MultimodalLM(nn.Module):
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    if batch.input_ids.device == device:
-        return batch
     return Batch(
         batch.input_ids.to(device),
         batch.attention_mask.to(device),
@@ -282,3 +275,49 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
         batch.encoded,
         batch.ids,
     )
+
+
+def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """Float (K, V), Int (K,) -> the mean in float32; 0 of no labels."""
+    return F.cross_entropy(scores.float(), labels) if len(labels) else scores.sum().float()
+
+
+def _read_llm(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read as a causal LLM ({error}). Check the folder.") from error
+    llm: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # these would be random
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights are missing ({', '.join(missing[:3])} ...); all are expected. "
+            f"Use another copy, of a causal LLM."
+        )
+    return llm
+
+
+def _read_tokenizer(folder: Path, llm: "PreTrainedModel") -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: no tokenizer can be read ({error}); the LLM's own is expected. Copy its files into the folder."
+        ) from error
+    rows = llm.get_input_embeddings().get_parameter("weight").shape[0]
+    if tokenizer.eos_token_id is None or len(tokenizer) > rows:
+        raise CheckpointError(
+            f"{folder}: a tokenizer of {len(tokenizer)} tokens, which ends a text with {tokenizer.eos_token!r}; at most "
+            f"{rows} tokens, as the LLM embeds, and an end-of-sequence token are expected. Use the LLM's own tokenizer."
+        )
+    return cast("PreTrainedTokenizerBase", tokenizer)

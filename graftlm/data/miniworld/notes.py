@@ -127,11 +127,8 @@ def _image_sentence(scene: ImageScene) -> str:
     if scene.places:
         what = " and ".join(f"{detail} {PLACES[index]}" for detail, index in zip(details, scene.places, strict=True))
         return f"{what} ; frame {COLORS[scene.frame]} ; background {brightness(scene)}"
-    if scene.relation >= 0:
-        what = f"{details[0]} {relation_words(scene)[0]} {details[1]}"
-    else:
-        what = counted(scene.count, details[0])
-    return f"{what} ; background {brightness(scene)}"
+    pair = f"{details[0]} {relation_words(scene)[0]} {details[1]}" if scene.relation >= 0 else ""
+    return f"{pair or counted(scene.count, details[0])} ; background {brightness(scene)}"
 
 
 def _video_sentence(scene: VideoScene) -> str:

@@ -48,7 +48,7 @@ SCHEDULES: Mapping[str, Schedule] = {
             ),
             Phase("finetune", frozenset({"connectors.current", "llm"}), {"connectors": 1e-3, "llm": 5e-3}, epochs=3),
         ),
-        realign=Phase("realign", frozenset({"connectors"}), {"connectors": 1e-3}, epochs=10),
+        realign=Phase("realign", frozenset({"connectors"}), {"connectors": 5e-4}, epochs=10),
     ),
 }
 """Every named schedule."""

@@ -1,14 +1,13 @@
 """Decoding: greedy is the likeliest token, sampling is the LLM's own distribution, whatever its folder recommends."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from graftlm.model.fusion import Fused
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["decode", "forget_habits"]
 
@@ -38,13 +37,14 @@ def decode(
     Returns:
         One text per row, special tokens left out.
     """
+    generator: Any = llm  # its type does not say that it generates
     sampling = {} if temperature is None else {"temperature": temperature, "top_k": 0}
     device = fused.embeds.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        tokens = cast("GenerationMixin", llm).generate(
-            inputs_embeds=cast("torch.FloatTensor", fused.embeds),
-            attention_mask=cast("torch.LongTensor", fused.attention_mask.long()),
+        tokens = generator.generate(
+            inputs_embeds=fused.embeds,
+            attention_mask=fused.attention_mask.long(),
             do_sample=temperature is not None,
             max_new_tokens=max_new_tokens,
             use_cache=True,
@@ -52,5 +52,4 @@ def decode(
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             **sampling,
         )
-    texts = tokenizer.batch_decode(cast(Tensor, tokens), skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -6,20 +6,19 @@ names. No modality is special: each is one `ModalitySpec`.
 
 import inspect
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core.errors import CheckpointError, ConfigError, DataError
+from graftlm.core.errors import ConfigError, DataError
 from graftlm.core.files import hash_file, hash_json
 from graftlm.data.collate import collate
 from graftlm.data.types import IGNORE, TEXT, Batch, Media, Modality, Output, Sample
 from graftlm.model.adapters import StageAdapter
+from graftlm.model.base import DTYPES, base_folder, read_llm, read_tokenizer
 from graftlm.model.connectors import Connector, build_connector
 from graftlm.model.encoders.base import Encoder, build_encoder
 from graftlm.model.features import FeatureCache
@@ -32,24 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MultimodalLM", "base_folder"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 TAKEN = frozenset(dir(nn.ModuleDict()))
 """Names that a module of PyTorch cannot give to a part."""
-
-
-def base_folder(llm: str) -> Path:
-    """The folder of an LLM: "miniworld" is the packaged base, all else a path.
-
-    Raises:
-        CheckpointError: no such folder.
-    """
-    packaged = llm == "miniworld"
-    folder = Path(str(resources.files("graftlm.data.miniworld"))) / "base" / "llm" if packaged else Path(llm)
-    if not (folder / "config.json").is_file():
-        do = "Run `graftlm build-base`." if packaged else "Name a Hugging Face folder; nothing is downloaded."
-        raise CheckpointError(f"no language model at {folder} (config.json is missing). {do}")
-    return folder
 
 
 class MultimodalLM(nn.Module):
@@ -96,8 +79,8 @@ class MultimodalLM(nn.Module):
         if spec.dtype not in DTYPES:
             raise ConfigError(f"model.dtype: '{spec.dtype}'; one of {', '.join(DTYPES)} is expected.")
         folder = base_folder(spec.llm)
-        llm = _read_llm(folder, DTYPES[spec.dtype])
-        return cls(llm, _read_tokenizer(folder, llm), spec, folder=folder, features=features).to(device).eval()
+        llm = read_llm(folder, DTYPES[spec.dtype])
+        return cls(llm, read_tokenizer(folder, llm), spec, folder=folder, features=features).to(device).eval()
 
     @property
     def device(self) -> torch.device:
@@ -123,9 +106,8 @@ class MultimodalLM(nn.Module):
         if spec.name in self.specs or spec.name in TAKEN:
             raise ConfigError(f"modality '{spec.name}' is there already; a new name is expected ({list(self.specs)}).")
         encoder = build_encoder(spec.encoder)
-        width = (
-            self.llm.get_input_embeddings().get_parameter("weight").shape[1]
-        )  # of some LLMs not the width of their layers
+        # not config.hidden_size: some LLMs embed in another width than that of their layers
+        width = self.llm.get_input_embeddings().get_parameter("weight").shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             connector = build_connector(spec.connector, encoder.width, encoder.tokens, width)
@@ -280,44 +262,3 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
 def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     """Float (K, V), Int (K,) -> the mean in float32; 0 of no labels."""
     return F.cross_entropy(scores.float(), labels) if len(labels) else scores.sum().float()
-
-
-def _read_llm(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
-
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be read as a causal LLM ({error}). Check the folder.") from error
-    llm: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):  # these would be random
-        raise CheckpointError(
-            f"{folder}: {len(missing)} weights are missing ({', '.join(missing[:3])} ...); all are expected. "
-            f"Use another copy, of a causal LLM."
-        )
-    return llm
-
-
-def _read_tokenizer(folder: Path, llm: "PreTrainedModel") -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder}: no tokenizer can be read ({error}); the LLM's own is expected. Copy its files into the folder."
-        ) from error
-    rows = llm.get_input_embeddings().get_parameter("weight").shape[0]
-    if tokenizer.eos_token_id is None or len(tokenizer) > rows:
-        raise CheckpointError(
-            f"{folder}: a tokenizer of {len(tokenizer)} tokens, which ends a text with {tokenizer.eos_token!r}; at most "
-            f"{rows} tokens, as the LLM embeds, and an end-of-sequence token are expected. Use the LLM's own tokenizer."
-        )
-    return cast("PreTrainedTokenizerBase", tokenizer)

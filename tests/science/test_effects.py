@@ -5,7 +5,6 @@ One seed of the default world, validation scenes. Differences of a few points ar
 """
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -113,6 +113,8 @@ def _read_ply(path: Path) -> Tensor:
     if not elements or elements[0][1:2] != ["vertex"] or len(elements[0]) != 3 or not elements[0][2].isdigit():
         raise _corrupt(path, "PLY file", "its first element is not 'vertex' with a count")
     count = int(elements[0][2])
+    if not count:
+        raise _corrupt(path, "PLY file", "no point")
     start = words.index(elements[0])
     stop = words.index(elements[1]) if len(elements) > 1 else len(words)
     properties = [w for w in words[start:stop] if w[0] == "property"]
@@ -136,8 +138,6 @@ def _read_ply(path: Path) -> Tensor:
         position = np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], axis=1)
     except (ValueError, KeyError, IndexError) as error:
         raise _corrupt(path, "PLY file", error) from error
-    if not count:
-        raise _corrupt(path, "PLY file", "no point")
     color = np.zeros_like(position)
     if {"red", "green", "blue"} <= set(vertices):
         color = np.stack([vertices[c].astype(np.float32) for c in ("red", "green", "blue")], axis=1)

@@ -64,7 +64,7 @@ def read_tokenizer(folder: Path, llm: "PreTrainedModel") -> "PreTrainedTokenizer
     """The tokenizer of an LLM's folder.
 
     Raises:
-        CheckpointError: there is none, it ends no text, or it has more tokens than the LLM embeds.
+        CheckpointError: there is none, it reads or ends no text, or it has more tokens than the LLM embeds.
     """
     from transformers import AutoTokenizer
 
@@ -79,5 +79,10 @@ def read_tokenizer(folder: Path, llm: "PreTrainedModel") -> "PreTrainedTokenizer
         raise CheckpointError(
             f"{folder}: a tokenizer of {len(tokenizer)} tokens, which ends a text with {tokenizer.eos_token!r}; at most "
             f"{rows} tokens, as the LLM embeds, and an end-of-sequence token are expected. Use the LLM's own tokenizer."
+        )
+    if not tokenizer("Yes or no?", add_special_tokens=False)["input_ids"]:  # a class that reads another kind of file
+        raise CheckpointError(
+            f"{folder}: {type(tokenizer).__name__} makes no tokens of a text, so it does not fit tokenizer.json; one that "
+            f"reads text is expected. Correct tokenizer_class in tokenizer_config.json, or use the LLM's own tokenizer."
         )
     return cast("PreTrainedTokenizerBase", tokenizer)

@@ -47,7 +47,7 @@ class Pool(nn.Module):
         """Pool; factor 1 changes nothing."""
         if self.factor == 1:
             return tokens
-        grid = tokens.transpose(1, 2).reshape(len(tokens), -1, self.side, self.side)
+        grid = tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], self.side, self.side)
         return F.avg_pool2d(grid, self.factor).flatten(2).transpose(1, 2)
 
 

@@ -8,12 +8,13 @@ Differs: val and test are clips with all their captions as references, not capti
 
 from pathlib import Path
 
-from graftlm.data.tasks.reading import CAPTION_PROMPT, inside, one, read_csv, task
+from graftlm.data.tasks.reading import CAPTION_PROMPT, data_set, inside, one, read_csv, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
 
 
+@data_set
 def load(
     root: Path,
     *,

@@ -9,12 +9,13 @@ Differs: nothing. Captions of more than 100 characters are dropped, as in MERA (
 
 from pathlib import Path
 
-from graftlm.data.tasks.reading import CAPTION_PROMPT, inside, one, read_csv, read_lines, task
+from graftlm.data.tasks.reading import CAPTION_PROMPT, data_set, inside, one, read_csv, read_lines, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["cloud", "load"]
 
 
+@data_set
 def load(
     root: Path,
     *,

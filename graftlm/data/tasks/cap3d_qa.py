@@ -9,12 +9,13 @@ Differs: three files instead of ``CAP3DQA_final.csv`` and ``..._val.csv``, which
 from pathlib import Path
 
 from graftlm.data.tasks.cap3d import cloud
-from graftlm.data.tasks.reading import one, read_csv, task
+from graftlm.data.tasks.reading import data_set, one, read_csv, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
 
 
+@data_set
 def load(
     root: Path, *, skip_bad: bool = False, limit: int | None = None, name: str = "cap3d_qa", points: Path | None = None
 ) -> Task:

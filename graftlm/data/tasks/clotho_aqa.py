@@ -9,12 +9,13 @@ Differs: the rows of one question become one sample; MERA's count suggests one s
 from collections import Counter
 from pathlib import Path
 
-from graftlm.data.tasks.reading import inside, one, read_csv, task
+from graftlm.data.tasks.reading import data_set, inside, one, read_csv, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
 
 
+@data_set
 def load(
     root: Path,
     *,

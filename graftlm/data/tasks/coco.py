@@ -7,7 +7,7 @@ Differs: nothing. Training uses the first caption of each image, as MERA does (`
 
 from pathlib import Path
 
-from graftlm.data.tasks.reading import CAPTION_PROMPT, inside, one, read_json, task
+from graftlm.data.tasks.reading import CAPTION_PROMPT, data_set, inside, one, read_json, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
@@ -15,6 +15,7 @@ __all__ = ["load"]
 SPLITS = ("train", "val", "test")
 
 
+@data_set
 def load(
     root: Path,
     *,

@@ -6,12 +6,13 @@ Differs: nothing.
 
 from pathlib import Path
 
-from graftlm.data.tasks.reading import read_json, task
+from graftlm.data.tasks.reading import data_set, read_json, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
 
 
+@data_set
 def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: str = "instructions") -> Task:
     """Read the data set; the answer must be exact, in the asked format."""
 

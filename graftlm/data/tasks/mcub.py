@@ -8,7 +8,7 @@ Differs: nothing.
 
 from pathlib import Path
 
-from graftlm.data.tasks.reading import inside, read_json, task
+from graftlm.data.tasks.reading import data_set, inside, read_json, task
 from graftlm.data.types import Media, Sample, Task
 
 __all__ = ["load"]
@@ -16,6 +16,7 @@ __all__ = ["load"]
 MODALITIES = {"vision": "image", "video": "video", "audio": "audio", "point": "point"}
 
 
+@data_set
 def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: str = "mcub") -> Task:
     """Read the data set; it has no training samples."""
     samples = []

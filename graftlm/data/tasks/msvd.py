@@ -8,12 +8,13 @@ Differs: nothing. Every caption of a training clip is a sample; a test clip has 
 
 from pathlib import Path
 
-from graftlm.data.tasks.reading import CAPTION_PROMPT, inside, one, read_lines, task
+from graftlm.data.tasks.reading import CAPTION_PROMPT, data_set, inside, one, read_lines, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["clip", "load"]
 
 
+@data_set
 def load(
     root: Path, *, skip_bad: bool = False, limit: int | None = None, name: str = "msvd", prompt: str = CAPTION_PROMPT
 ) -> Task:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from graftlm.core.errors import DataError
 from graftlm.data.tasks.msvd import clip
-from graftlm.data.tasks.reading import one, read_json, read_lines, task
+from graftlm.data.tasks.reading import data_set, one, read_json, read_lines, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
 
 
+@data_set
 def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: str = "msvd_qa") -> Task:
     """Read the data set; ``root`` is the MSVD folder."""
     clips = {

@@ -10,12 +10,13 @@ Differs: training uses the most frequent answer; ``distinct_answers`` makes one 
 from collections import Counter
 from pathlib import Path
 
-from graftlm.data.tasks.reading import inside, one, read_json, task
+from graftlm.data.tasks.reading import data_set, inside, one, read_json, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
 
 
+@data_set
 def load(
     root: Path,
     *,

@@ -1,22 +1,42 @@
 """What every data set needs: read annotations, find media, and say plainly what is missing."""
 
 import csv
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from graftlm.core.errors import DataError
 from graftlm.data import media
 from graftlm.data.types import Kind, Media, Modality, Sample, Task
 
-__all__ = ["CAPTION_PROMPT", "inside", "read_csv", "read_json", "read_lines", "task", "verify"]
+__all__ = ["CAPTION_PROMPT", "data_set", "inside", "read_csv", "read_json", "read_lines", "task", "verify"]
 
 CAPTION_PROMPT = "describe this ."
 """The instruction of captioning when the data set has none."""
 
 log = logging.getLogger(__name__)
+
+Settings = ParamSpec("Settings")
+
+
+def data_set(load: Callable[Concatenate[Path, Settings], Task]) -> Callable[Concatenate[Path, Settings], Task]:
+    """Wraps a data set's ``load``: an annotation of another form than expected is a `DataError` that says where."""
+
+    @functools.wraps(load)
+    def named(root: Path, *args: Settings.args, **kwargs: Settings.kwargs) -> Task:
+        try:
+            return load(root, *args, **kwargs)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise DataError(
+                f"{root}: an annotation is not of the form that {load.__module__} reads ({error!r}). Its documentation says "
+                f"which files and fields are expected; restore the annotation files."
+            ) from error
+
+    return named
+
 
 READERS: dict[Modality, Callable[[Path], Any]] = {
     "image": media.load_image,

@@ -1,0 +1,101 @@
+"""From samples to token ids and batches: slots, templates, padding, labels."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from graftlm.core.errors import DataError
+from graftlm.data.collate import collate
+from graftlm.data.prompts import encode, pieces
+from graftlm.data.types import IGNORE, SLOT, Media, Sample
+
+WORDS = ["<pad>", "<bos>", "<eos>", "<ask>", "<say>", "<unk>", "what", "is", "this", "and", "red", "blue", "circle"]
+IMAGE, OTHER, SOUND = Media("image", Path("a.png")), Media("image", Path("b.png")), Media("audio", Path("a.wav"))
+
+
+def make_tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    if template:
+        tokenizer.chat_template = "<bos> <ask> {{ messages[0]['content'] }} <say>"
+    return tokenizer
+
+
+def sample(prompt: str, *media: Media, answers: tuple[str, ...] = ("red circle",)) -> Sample:
+    return Sample("7", "t", media, prompt, answers)
+
+
+def words(ids: Sequence[int]) -> list[str]:
+    return ["@" if i == SLOT else WORDS[i] for i in ids]
+
+
+def test_media_go_where_the_slots_are() -> None:
+    asked = sample("what is <image> and <audio> and <image> ?", IMAGE, SOUND, OTHER)
+    ids, labels, items = encode(asked, make_tokenizer(), answer=False)
+    assert words(ids) == ["<bos>", "<ask>", "what", "is", "@", "and", "@", "and", "@", "<unk>", "<say>"]
+    assert items == [IMAGE, SOUND, OTHER] and set(labels) == {IGNORE}
+
+
+def test_without_a_slot_media_come_first() -> None:
+    ids, _, items = encode(sample("what is this", IMAGE, SOUND), make_tokenizer(), answer=False)
+    assert words(ids) == ["<bos>", "<ask>", "@", "@", "what", "is", "this", "<say>"]
+    assert items == [IMAGE, SOUND]
+    assert pieces(sample("what", IMAGE)) == ["", IMAGE, "what"]
+
+
+def test_only_the_answer_has_labels() -> None:
+    ids, labels, _ = encode(sample("what", answers=("red", "blue")), make_tokenizer(), answer=True)
+    assert words(ids)[-2:] == ["red", "<eos>"]
+    assert labels == [IGNORE] * (len(ids) - 2) + ids[-2:]
+
+
+def test_a_tokenizer_without_a_template_gets_the_prompt_alone() -> None:
+    ids, _, _ = encode(sample("what is this", IMAGE), make_tokenizer(template=False), answer=False)
+    assert words(ids) == ["@", "what", "is", "this"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "media"),
+    [
+        ("<image> and <image>", (IMAGE,)),
+        ("<image>", (IMAGE, OTHER)),
+        ("<audio> <image>", (IMAGE, SOUND)),
+        ("<video>", ()),
+    ],
+)
+def test_slots_and_media_that_differ_are_named(prompt: str, media: tuple[Media, ...]) -> None:
+    with pytest.raises(DataError, match=r"sample t/7: the prompt has \d media slots"):
+        encode(sample(prompt, *media), make_tokenizer(), answer=False)
+
+
+def load(modality: str, items: Sequence[Media]) -> Tensor:
+    return torch.tensor([[float(ord(item.source.stem))] for item in items])
+
+
+def test_training_pads_on_the_right_and_generation_on_the_left() -> None:
+    rows = [sample("what is this", IMAGE), sample("<image> <audio> <image>", OTHER, SOUND, IMAGE), sample("what")]
+    batch = collate(rows, make_tokenizer(), load)
+    assert batch.attention_mask[:, 0].all() and not batch.attention_mask.all()
+    assert (batch.labels[~batch.attention_mask] == IGNORE).all()
+    left = collate(rows, make_tokenizer(), load, answers=False)
+    assert left.attention_mask[:, -1].all() and (left.labels == IGNORE).all()
+    for made in (batch, left):
+        for modality, values in made.media.items():
+            where = made.places[modality]
+            assert (made.input_ids[where[:, 0], where[:, 1]] == SLOT).all() and len(values) == len(where)
+        assert made.media["image"].flatten().tolist() == [ord("a"), ord("b"), ord("a")]
+        assert made.places["image"][:, 0].tolist() == [0, 1, 1]
+        assert int((made.input_ids == SLOT).sum()) == 4
+
+
+def test_a_batch_of_nothing_is_an_error() -> None:
+    with pytest.raises(DataError, match="no samples"):
+        collate([], make_tokenizer(), load)

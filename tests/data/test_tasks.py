@@ -1,0 +1,180 @@
+"""Public data sets as they lie on disk: read, filtered, and refused with a name when something is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from graftlm.core.errors import DataError
+from graftlm.data.miniworld.world import WorldSpec, build
+from graftlm.data.streams import STREAMS, mera, miniworld
+from graftlm.data.tasks import TASKS
+from graftlm.data.tasks.reading import verify
+from graftlm.data.types import Task
+
+NAMES = list(TASKS.table())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(WorldSpec("tiny", stages=8), tmp_path_factory.mktemp("worlds"))
+
+
+def folder(world: Path, name: str) -> Path:
+    return world / {"msvd_qa": "msvd"}.get(name, name)
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_data_set_of_the_mini_world(name: str, world: Path) -> None:
+    task: Task = TASKS.get(name)(folder(world, name))
+    assert task.name == name and task.test
+    assert len({s.id for s in task.test}) == len(task.test)
+    for sample in (*task.train, *task.val, *task.test):
+        assert sample.answers and all(m.source.is_file() for m in sample.media)
+        assert {m.modality for m in sample.media} == set(task.modalities)
+    if task.kind == "caption":
+        assert len(task.train) == 24 and all(len(s.answers) == 1 for s in task.train)
+        assert len(task.test) == 8 and all(len(s.answers) == 5 for s in task.test)
+    verify(task)
+
+
+def test_streams(world: Path) -> None:
+    assert [s.name for s in miniworld(world).stages] == ["image", "video", "audio", "point"]
+    long = miniworld(world, "reverse", long=True)
+    assert [s.name for s in long.stages] == [
+        *("point", "audio", "video", "image"),
+        *("point2", "audio2", "video2", "image2"),
+    ]
+    assert [t.name for t in long.stages[4].tasks] == ["cap3d_2", "cap3d_qa_2"]
+    assert long.stages[4].modalities == ("point",)
+    assert [p.name for p in long.probes] == ["mcub", "instructions"]
+    assert set(long.probes[0].modalities) == {"image", "video", "audio", "point"}
+    assert mera(world, "reverse").stages[0].name == "point"
+    for name in STREAMS.table():
+        assert STREAMS.get(name)(world).stages
+
+
+def coco(root: Path, files: int = 3) -> None:
+    for split in ("train", "val", "test"):
+        images = [{"id": i, "file_name": f"COCO_{split}2014_{i:012d}.png"} for i in range(files)]
+        notes = [
+            {"id": 10 * i + k, "image_id": i, "caption": f"caption {i} {k}"} for i in range(files) for k in range(2)
+        ]
+        write(root / f"annotations/captions_{split}2014.json", {"images": images, "annotations": notes})
+        for image in images:
+            touch(root / f"{split}2014" / str(image["file_name"]))
+
+
+def test_coco_trains_on_the_first_caption_and_tests_on_all(tmp_path: Path) -> None:
+    coco(tmp_path)
+    task = TASKS.get("coco")(tmp_path)
+    assert [s.answers for s in task.train] == [(f"caption {i} 0",) for i in range(3)]
+    assert task.test[1].answers == ("caption 1 0", "caption 1 1")
+    assert len(TASKS.get("coco")(tmp_path, all_captions=True).train) == 6
+    assert len(TASKS.get("coco")(tmp_path, limit=1).train) == 1
+
+
+def test_okvqa_takes_the_most_frequent_answer(tmp_path: Path) -> None:
+    coco(tmp_path / "coco", files=1)
+    for split in ("train", "val", "test"):
+        answers = [{"answer": word} for word in ["cat"] * 3 + ["dog"] * 7]
+        write(
+            tmp_path / f"okvqa/mscoco_{split}2014_annotations.json",
+            {"annotations": [{"question_id": 5, "answers": answers}]},
+        )
+        question = {"image_id": 0, "question": "what ?", "question_id": 5}
+        write(tmp_path / f"okvqa/OpenEnded_mscoco_{split}2014_questions.json", {"questions": [question]})
+    task = TASKS.get("okvqa")(tmp_path / "okvqa")
+    assert task.train[0].answers[0] == "dog" and sorted(task.train[0].answers) == ["cat"] * 3 + ["dog"] * 7
+    distinct = TASKS.get("okvqa")(tmp_path / "okvqa", distinct_answers=True)
+    assert [s.answers[0] for s in distinct.train] == ["dog", "cat"] and len(distinct.test) == 1
+
+
+def test_clotho_aqa_keeps_confident_answers(tmp_path: Path) -> None:
+    import numpy as np
+    import soundfile
+
+    (tmp_path / "audio_files").mkdir()
+    soundfile.write(tmp_path / "audio_files/a.wav", np.zeros(800), 8000)
+    lines = ["file_name,QuestionText,answer,confidence", *(f"a.wav,is it loud ?,{a},{a}" for a in ("yes", "no", "yes"))]
+    rows = "\n".join(lines)
+    for split in ("train", "val", "test"):
+        write(tmp_path / f"clotho_aqa_{split}.csv", rows)
+    assert [s.answers for s in TASKS.get("clotho_aqa")(tmp_path).train] == [("yes",)]
+    assert TASKS.get("clotho_aqa")(tmp_path, confident_only=False).train[0].answers == ("yes", "no")
+
+
+def test_missing_media_are_counted_and_named(tmp_path: Path) -> None:
+    coco(tmp_path)
+    victim = tmp_path / "train2014/COCO_train2014_000000000001.png"
+    victim.unlink()
+    with pytest.raises(
+        DataError, match=r"coco: 1 media files of 1 samples \(of 3\) are missing, first .*000000000001\.png"
+    ):
+        TASKS.get("coco")(tmp_path)
+    task = TASKS.get("coco")(tmp_path, skip_bad=True)
+    assert len(task.train) == 2 and "1 skipped" in task.source
+
+
+def test_corrupt_media_are_found_by_verifying(tmp_path: Path) -> None:
+    coco(tmp_path)
+    (tmp_path / "val2014/COCO_val2014_000000000002.png").write_bytes(b"no picture")
+    task = TASKS.get("coco")(tmp_path)
+    with pytest.raises(DataError, match=r"coco: 1 media files are corrupt, first: .*000000000002\.png"):
+        verify(task)
+    whole = verify(task, skip_bad=True)
+    assert len(whole.val) == 2 and "1 corrupt skipped" in whole.source
+
+
+def test_an_empty_data_set_is_an_error(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        write(tmp_path / f"annotations/captions_{split}2014.json", {"images": [], "annotations": []})
+    with pytest.raises(DataError, match="coco: no sample in"):
+        TASKS.get("coco")(tmp_path)
+
+
+def test_annotations_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"captions_train2014\.json: this annotation file is missing"):
+        TASKS.get("coco")(tmp_path)
+    write(tmp_path / "annotations/captions_train2014.json", "{")
+    with pytest.raises(DataError, match=r"captions_train2014\.json: not JSON"):
+        TASKS.get("coco")(tmp_path)
+    write(tmp_path / "dataset/train.csv", "audiocap_id,youtube_id\n1,2\n")
+    with pytest.raises(DataError, match=r"train\.csv: columns \['start_time', 'caption'\] are missing"):
+        TASKS.get("audiocaps")(tmp_path)
+
+
+@pytest.mark.parametrize("file_name", ["../../secret.png", "/etc/passwd"])
+def test_a_path_that_leads_out_is_refused(file_name: str, tmp_path: Path) -> None:
+    coco(tmp_path)
+    content = {"images": [{"id": 0, "file_name": file_name}], "annotations": [{"image_id": 0, "caption": "x"}]}
+    write(tmp_path / "annotations/captions_train2014.json", content)
+    with pytest.raises(DataError, match="outside of the data set"):
+        TASKS.get("coco")(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"images": [{"name": 1}], "annotations": []}', '{"images": 3, "annotations": []}']
+)
+def test_annotations_of_another_form_are_named(content: str, tmp_path: Path) -> None:
+    write(tmp_path / "annotations/captions_train2014.json", content)
+    with pytest.raises(DataError, match=r"an annotation is not of the form that graftlm\.data\.tasks\.coco reads"):
+        TASKS.get("coco")(tmp_path)
+
+
+def test_tables_need_no_torch() -> None:
+    code = "import sys; from graftlm.data.tasks import TASKS; TASKS.table(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -51,7 +51,7 @@ def load_frames(path: Path, count: int, size: int | None = None) -> Tensor:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # the same bytes on every machine and at every load
-            frames = [frame.to_image() for frame in container.decode(stream)]
+            frames = [frame.to_image() for frame in container.decode(stream)]  # type: ignore[no-untyped-call]
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise _corrupt(path, "video", error) from error
     if not frames:
@@ -141,7 +141,7 @@ def _read_ply(path: Path) -> Tensor:
     color = np.zeros_like(position)
     if {"red", "green", "blue"} <= set(vertices):
         color = np.stack([vertices[c].astype(np.float32) for c in ("red", "green", "blue")], axis=1)
-        color = color / 255 if dtype["red"].kind in "iu" else color
+        color /= 255 if dtype["red"].kind in "iu" else 1
     points = np.concatenate([position, color], axis=1)
     if not np.isfinite(points).all():
         raise _corrupt(path, "PLY file", "a coordinate is not finite")

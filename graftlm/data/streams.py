@@ -8,6 +8,7 @@ from typing import Literal
 from graftlm.core.errors import DataError
 from graftlm.core.registry import Registry
 from graftlm.data.tasks import TASKS
+from graftlm.data.tasks.reading import verify
 from graftlm.data.types import Stage, Stream, Task
 
 __all__ = ["STREAMS", "mera", "miniworld"]
@@ -80,4 +81,4 @@ def _stage(root: Path, modality: str, name: str, suffix: str, skip_bad: bool) ->
 
 def _load(name: str, root: Path, skip_bad: bool, suffix: str = "") -> Task:
     task: Task = TASKS.get(name)(root / FOLDERS.get(name, name), skip_bad=skip_bad, name=f"{name}{suffix}")
-    return task
+    return verify(task, skip_bad=True) if skip_bad else task  # whoever skips bad files wants corrupt ones found as well

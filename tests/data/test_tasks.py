@@ -178,3 +178,12 @@ def test_annotations_of_another_form_are_named(content: str, tmp_path: Path) -> 
 def test_tables_need_no_torch() -> None:
     code = "import sys; from graftlm.data.tasks import TASKS; TASKS.table(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_stream_that_skips_bad_files_has_no_corrupt_one(tmp_path: Path) -> None:
+    root = build(WorldSpec("tiny", seed=1), tmp_path)
+    victim = miniworld(root).stages[1].tasks[0].train[3].media[0].source
+    victim.write_bytes(victim.read_bytes()[:50])
+    stage = miniworld(root, skip_bad=True).stages[1]
+    assert all(m.source != victim for s in stage.samples() for m in s.media)
+    assert "1 corrupt skipped" in stage.tasks[0].source

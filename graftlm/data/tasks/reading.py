@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, ParamSpec
 
 from graftlm.core.errors import DataError
 from graftlm.data import media
@@ -22,16 +22,16 @@ log = logging.getLogger(__name__)
 Settings = ParamSpec("Settings")
 
 
-def data_set(load: Callable[Concatenate[Path, Settings], Task]) -> Callable[Concatenate[Path, Settings], Task]:
+def data_set(load: Callable[Settings, Task]) -> Callable[Settings, Task]:
     """Wraps a data set's ``load``: an annotation of another form than expected is a `DataError` that says where."""
 
     @functools.wraps(load)
-    def named(root: Path, *args: Settings.args, **kwargs: Settings.kwargs) -> Task:
+    def named(*args: Settings.args, **kwargs: Settings.kwargs) -> Task:
         try:
-            return load(root, *args, **kwargs)
+            return load(*args, **kwargs)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise DataError(
-                f"{root}: an annotation is not of the form that {load.__module__} reads ({error!r}). Its documentation says "
+                f"{args[0]}: an annotation is not of the form that {load.__module__} reads ({error!r}). Its documentation says "
                 f"which files and fields are expected; restore the annotation files."
             ) from error
 

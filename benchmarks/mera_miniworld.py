@@ -16,8 +16,9 @@ import numpy as np
 
 from graftlm.core.files import read_json
 from graftlm.evaluation import bootstrap, gains
+from graftlm.experiment.cells import Cell, Worker
 from graftlm.experiment.progress import Silent
-from graftlm.experiment.run import Cell, Worker, run
+from graftlm.experiment.run import run
 from graftlm.experiment.spec import ExperimentSpec, load
 
 RESULTS = Path(__file__).parent / "results"

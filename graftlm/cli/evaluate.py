@@ -96,7 +96,7 @@ def _tasks(checkpoint: Path, data: Path | None) -> list["Task"]:
     """The tasks in a folder of data, or of the run that the checkpoint is part of."""
     from graftlm.data import streams
     from graftlm.data.tasks import TASKS
-    from graftlm.experiment.run import open_stream
+    from graftlm.experiment.cells import open_stream
 
     if data is None:
         run = next((parent for parent in checkpoint.resolve().parents if (parent / "experiment.yaml").is_file()), None)

@@ -114,7 +114,7 @@ def plan(spec: ExperimentSpec) -> Plan:
         ConfigError: a setting is wrong, or a modality of the stream has no encoder.
 
     """
-    from graftlm.experiment.run import open_stream
+    from graftlm.experiment.cells import open_stream
 
     spec.check()
     return plan_stream(spec, open_stream(spec))

@@ -30,9 +30,10 @@ from graftlm.data.types import IGNORE, Media, Output, Sample
 from graftlm.model.encoders.base import Encoder
 from graftlm.model.features import FeatureCache
 from graftlm.model.multimodal import MultimodalLM, base_folder
+from graftlm.model.parts import select
 from graftlm.model.specs import ConnectorSpec, EncoderSpec, LoraSpec, ModalitySpec, ModelSpec
 
-WORDS = "<pad> <bos> <eos> <unk> <usr> <ast>".split() + [f"w{i}" for i in range(30)]
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "<usr>", "<ast>", *(f"w{i}" for i in range(30))]
 FAMILIES: dict[str, Any] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -396,6 +397,46 @@ def test_a_tokenizer_without_a_pad_token(tmp_path: Path, samples: list[Sample], 
     spoken = [" ".join(text.replace("<pad>", "").split()) for text in bare.generate(samples, max_new_tokens=4)]
     assert spoken == usual.generate(samples, max_new_tokens=4)  # where <pad> is a special token
     assert torch.equal(bare(bare.batch(samples)).loss, usual(usual.batch(samples)).loss)
+
+
+# --- an open stage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [LoraSpec(2, 4.0), None], ids=["lora", "full"])
+def test_a_stage_in_the_making(llms: dict[str, Path], samples: list[Sample], lora: LoraSpec | None) -> None:
+    """Opened it changes nothing; trained it does; `previous` and `drop` give back what was."""
+    model = shuffled(build(llms["mistral"], lora=lora))
+    batch = model.batch(samples)
+
+    def seen() -> tuple[float, list[str]]:
+        return model(batch).loss.item(), model.generate(samples, max_new_tokens=6)
+
+    before = seen()
+    model.adapter.open(0)
+    assert seen() == before
+    for parameter in model.adapter.parameters().values():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    after = seen()
+    assert after[0] != before[0] and after[1] != before[1]
+    assert after[1] == [model.generate([sample], max_new_tokens=6)[0] for sample in samples]
+    with model.adapter.previous():
+        assert seen() == before
+    assert seen() == after
+    model.adapter.drop()
+    assert seen() == before
+
+
+def test_gradients_do_not_depend_on_what_else_is_asked_for(llama: MultimodalLM, samples: list[Sample]) -> None:
+    llama.adapter.open(0)
+    chosen = select(llama, ["llm", "connectors"])
+    for parameter in chosen.values():
+        parameter.requires_grad_()
+    batch = llama.batch(samples)
+    trimmed = torch.autograd.grad(llama(batch).loss, list(chosen.values()))
+    full = torch.autograd.grad(loss_by_hand(llama(batch, logits=True, hidden=True)), list(chosen.values()))
+    assert any(bool(x.any()) for x in trimmed)
+    for name, a, b in zip(chosen, trimmed, full, strict=True):
+        torch.testing.assert_close(a, b, msg=name, atol=1e-5, rtol=1e-4)
 
 
 # --- a fifth modality -------------------------------------------------------------------------------------------------

@@ -1,0 +1,235 @@
+"""The cells of a run, and one process's way of finishing them.
+
+A cell needs nothing of the others: the base on the probes, one stage learned alone (an expert, with its blind floor), or
+one method through the whole stream. Whatever is finished in the run folder is kept, so a cell can be started at any point.
+"""
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from graftlm.core import seeds
+from graftlm.core.errors import RunError
+from graftlm.data import streams
+from graftlm.data.miniworld.world import WorldSpec, build
+from graftlm.data.types import Sample, Stage, Stream, Task
+from graftlm.evaluation import suite
+from graftlm.evaluation.blind import blind
+from graftlm.experiment.progress import Progress
+from graftlm.experiment.spec import ExperimentSpec
+from graftlm.experiment.stages import LearnedStage, StageStore, cache_folder, copy_linked
+from graftlm.experiment.store import RunStore
+from graftlm.learning.phase import Schedule
+from graftlm.methods import build as build_methods
+
+__all__ = ["Cell", "Worker", "answerable", "open_stream", "plan_cells", "units"]
+
+EVALUATION_UNIT = 0.35
+"""Cost of answering one test item, in units of one training sample (both measured on the mini world)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One independent piece of a run: ("base", ""), ("expert", stage) or ("method", name)."""
+
+    kind: str
+    name: str
+
+
+def open_stream(spec: ExperimentSpec) -> Stream:
+    """The stream of an experiment; the mini world is written first, unless it is there."""
+    root = Path(spec.data.root) if spec.data.root else _world(spec)
+    stream: Stream = streams.STREAMS.get(spec.stream)(root, skip_bad=spec.data.skip_bad)
+    return stream
+
+
+def _world(spec: ExperimentSpec) -> Path:
+    seed = spec.seed if spec.data.seed is None else spec.data.seed
+    stages: Literal[4, 8] = 8 if "long" in spec.stream else 4
+    return build(WorldSpec(spec.data.size, seed, spec.data.conflict, stages), cache_folder() / "worlds").resolve()
+
+
+def plan_cells(spec: ExperimentSpec, stream: Stream) -> list[Cell]:
+    """Experts first: the methods' first stage is one of them."""
+    return [
+        *(Cell("expert", stage.name) for stage in stream.stages),
+        *(Cell("method", name) for name in spec.mixes()),
+        Cell("base", ""),
+    ]
+
+
+class Worker:
+    """One process's tools, kept from cell to cell."""
+
+    def __init__(self, spec: ExperimentSpec, out: Path) -> None:
+        torch.set_num_threads(1)  # two threads of one process are slower than one when the other core is busy
+        self.spec = spec
+        self.store = RunStore.open(out, spec)
+        self.stream = open_stream(spec)
+        self.schedule: Schedule = spec.schedule()
+        self.stages = StageStore(
+            cache_folder(), spec.model_spec(), self.stream, self.schedule, spec.seed, spec.device_name()
+        )
+
+    def do(self, cell: Cell, progress: Progress) -> None:
+        """Finish a cell, from wherever it is.
+
+        Raises:
+            RunError: a file could not be written: no space, no rights.
+            GraftError: whatever else went wrong and can be named.
+        """
+        try:
+            if cell.kind == "base":
+                self._base(progress)
+            elif cell.kind == "expert":
+                self._expert(cell.name, progress)
+            else:
+                self._method(cell.name, progress)
+        except (OSError, SafetensorError, sqlite3.Error) as error:
+            raise RunError(
+                f"a file could not be read or written ({error}). Make space or correct the rights, and run the same "
+                f"command again: what was finished is kept."
+            ) from error
+
+    def _base(self, progress: Progress) -> None:
+        folder = self.store.base()
+        tasks = answerable(self.spec, self.stream, [])
+        if not (folder / "scores.json").exists() and tasks:
+            self._evaluate(None, tasks, folder, progress, "base")
+
+    def _expert(self, name: str, progress: Progress) -> None:
+        stage = next(stage for stage in self.stream.stages if stage.name == name)
+        folder = self.store.expert(name)
+        learned = self._learn(stage, [], [], None, folder, progress, f"expert {name}")
+        self._measure(learned, list(stage.tasks), folder, progress, f"expert {name}")
+        floor = self.store.blind(name)
+        tasks = [blind(task, seeds.derive(self.spec.seed, "blind", task.name)) for task in stage.tasks]
+        self._measure(learned, tasks, floor, progress, f"expert {name} blind")
+
+    def _method(self, name: str, progress: Progress) -> None:
+        methods = build_methods(self.spec.mixes()[name], f"methods.{name}")
+        parent: LearnedStage | None = None
+        for index, stage in enumerate(self.stream.stages):
+            folder = self.store.stage(name, index, stage.name)
+            label = f"{name} {index + 1}/{len(self.stream.stages)} {stage.name}"
+            past = self.stream.stages[:index]
+            parent = self._learn(stage, past, methods, parent, folder, progress, label)
+            seen = [*past, stage]
+            tasks = [task for each in seen for task in each.tasks]
+            probes = answerable(self.spec, self.stream, [m for each in seen for m in each.modalities])
+            self._measure(parent, [*tasks, *probes], folder, progress, label)
+
+    def _learn(
+        self,
+        stage: Stage,
+        past: Sequence[Stage],
+        methods: Sequence[Any],
+        parent: LearnedStage | None,
+        folder: Path,
+        progress: Progress,
+        label: str,
+    ) -> LearnedStage:
+        units = _learning_units(stage, self.schedule)
+        told = Told(progress, units)
+
+        def tell(phase: str, done: int, total: int) -> None:
+            progress.cell(label, f"{phase} {done}/{total}")
+            told.phase(phase, done)
+
+        progress.cell(label, "looking for this stage")
+        learned = self.stages.obtain(stage, past, methods, parent, progress=tell)
+        told.rest()
+        copy_linked(learned.folder, folder)
+        self.store.journal("learned", cell=label, key=learned.key)
+        return LearnedStage(folder)
+
+    def _measure(
+        self, learned: LearnedStage, tasks: Sequence[Task], folder: Path, progress: Progress, label: str
+    ) -> None:
+        if (folder / "scores.json").exists():
+            progress.advance(_evaluation_units(tasks, self.spec))
+            return
+        self._evaluate(learned, tasks, folder, progress, label)
+
+    def _evaluate(
+        self, learned: LearnedStage | None, tasks: Sequence[Task], folder: Path, progress: Progress, label: str
+    ) -> None:
+        told = Told(progress, _evaluation_units(tasks, self.spec))
+
+        def tell(task: str, done: int, total: int) -> None:
+            progress.cell(label, f"answering {task} {done}/{total}")
+            told.phase(task, done, EVALUATION_UNIT)
+
+        suite.evaluate(
+            self.stages.load(learned),
+            tasks,
+            folder,
+            split=self.spec.evaluate.split,
+            limit=self.spec.evaluate.limit,
+            batch_size=self.spec.evaluate.batch_size,
+            progress=tell,
+        )
+        told.rest()
+        self.store.journal("measured", cell=label)
+
+
+class Told:
+    """Turns "so many of a phase are done" into the advances of a bar, and never more than was planned."""
+
+    def __init__(self, progress: Progress, planned: float) -> None:
+        self._progress = progress
+        self._left = planned
+        self._done: dict[str, int] = {}
+
+    def phase(self, name: str, done: int, unit: float = 1.0) -> None:
+        """``done`` items of a phase are finished."""
+        step = min(self._left, (done - self._done.get(name, 0)) * unit)
+        self._done[name] = done
+        self._left -= step
+        self._progress.advance(step)
+
+    def rest(self) -> None:
+        """The whole is finished: what was planned and not told is told now."""
+        self._progress.advance(self._left)
+        self._left = 0.0
+
+
+def answerable(spec: ExperimentSpec, stream: Stream, modalities: Sequence[str]) -> list[Task]:
+    """Probes whose modalities the model has, with samples in the measured split."""
+    return [probe for probe in stream.probes if set(probe.modalities) <= set(modalities) and _measured(spec, probe)]
+
+
+def _measured(spec: ExperimentSpec, task: Task) -> Sequence[Sample]:
+    return task.test if spec.evaluate.split == "test" else task.val
+
+
+def _learning_units(stage: Stage, schedule: Schedule) -> float:
+    return float(sum(len(stage.samples(phase.kinds)) * phase.epochs for phase in schedule.phases))
+
+
+def _evaluation_units(tasks: Sequence[Task], spec: ExperimentSpec) -> float:
+    sizes = [len(_measured(spec, task)) for task in tasks]
+    limit = spec.evaluate.limit
+    return EVALUATION_UNIT * sum(size if limit is None else min(limit, size) for size in sizes)
+
+
+def units(spec: ExperimentSpec, stream: Stream, cell: Cell) -> float:
+    """Work of a cell in training samples."""
+    schedule = spec.schedule()
+    if cell.kind == "base":
+        return _evaluation_units(answerable(spec, stream, []), spec)
+    if cell.kind == "expert":
+        stage = next(stage for stage in stream.stages if stage.name == cell.name)
+        return _learning_units(stage, schedule) + 2 * _evaluation_units(stage.tasks, spec)
+    units = 0.0
+    for index, stage in enumerate(stream.stages):
+        seen = stream.stages[: index + 1]
+        tasks = [task for each in seen for task in each.tasks]
+        tasks += answerable(spec, stream, [m for each in seen for m in each.modalities])
+        units += _learning_units(stage, schedule) + _evaluation_units(tasks, spec)
+    return units

@@ -188,7 +188,8 @@ class StageStore:
         )
         milestone("stage.learned")
         history = checkpoint.read_manifest(parent.checkpoint)["history"] if parent else []
-        step = {"stage": stage.name, "methods": describe(methods), "parent": parent.key if parent else ROOT}
+        active = [method for method in methods if not method.idle(len(past) + 1)]
+        step = {"stage": stage.name, "methods": describe(active), "parent": parent.key if parent else ROOT}
         with atomic_folder(folder) as temporary:
             checkpoint.save(
                 model, temporary / "checkpoint", history=[*history, step], parent=parent.checkpoint if parent else None

@@ -124,7 +124,7 @@ def test_weights_that_do_not_fit(damage: Any, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no weights at .*none.safetensors; .* Correct model.modalities"):
+    with pytest.raises(CheckpointError, match=r"no weights at .*none\.safetensors; .* Correct model\.modalities"):
         build_encoder(EncoderSpec("mini-image", str(tmp_path / "none.safetensors")))
     with pytest.raises(CheckpointError, match=r"encoder strided: no weights at .*\. Run `graftlm build-base`"):
         build_encoder(EncoderSpec("strided", "miniworld"))

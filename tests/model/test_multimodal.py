@@ -14,6 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -84,11 +86,14 @@ def write_llm(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
 
 def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, **changes: Any) -> None:
+    build_tokenizer(words, **changes).save_pretrained(folder)
+
+
+def build_tokenizer(words: Sequence[str] = WORDS, **changes: Any) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"} | changes
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
-    fast.save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
 
 
 def spec_of(name: str, tokens: int) -> ModalitySpec:
@@ -208,6 +213,20 @@ def test_left_padding_changes_no_logits(model: MultimodalLM, samples: list[Sampl
         alone = model(model.batch([sample], answers=False), logits=True)
         torch.testing.assert_close(out.logits[row, -alone.logits.shape[1] :], alone.logits[0])
     assert out.loss == 0 and out.loss.dtype == torch.float32  # nothing is labelled
+
+
+def test_positions_begin_after_left_padding(tmp_path: Path, samples: list[Sample]) -> None:
+    """Learned positions, unlike rotary ones, show it."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS), n_positions=64, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model = MultimodalLM(
+        GPT2LMHeadModel.from_pretrained(tmp_path), build_tokenizer(), ModelSpec(str(tmp_path)), folder=tmp_path
+    ).eval()
+    for number, spec in enumerate((IMAGE, AUDIO, TOUCH)):
+        model.add_modality(spec, number)
+    test_left_padding_changes_no_logits(model, samples)
+    test_a_batch_is_answered_like_its_samples(model, samples)
 
 
 def test_hidden_is_what_enters_the_head(model: MultimodalLM, samples: list[Sample]) -> None:

@@ -32,7 +32,7 @@ format: $(READY)  ## Put the code in order.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)   ## The committed table: eight methods, two orders, three seeds. Hours; resumes.
+bench: $(READY)   ## The committed table: eight methods, two orders, three seeds. Most of an hour; resumes.
 	$(BIN)/python benchmarks/mera_miniworld.py run
 	$(BIN)/python benchmarks/mera_miniworld.py table
 

@@ -3,6 +3,7 @@
 .venv/bin/python benchmarks/mera_miniworld.py tune        settings chosen on validation scenes of an extra seed
 .venv/bin/python benchmarks/mera_miniworld.py run         both orders, seeds 0 1 2 (resumes)
 .venv/bin/python benchmarks/mera_miniworld.py table       write benchmarks/results/mera-miniworld.md
+.venv/bin/python benchmarks/mera_miniworld.py knobs       full conflict and eight stages, seed 0
 """
 
 import argparse
@@ -36,6 +37,18 @@ PAPER: Mapping[str, tuple[str, str]] = {
     "mera10": ("101.00 ± 3.90", "93.42 ± 6.25"),
 }
 """Table 2 and 4 of arXiv:2503.07663: mean ± sample std over stages, in percent; sequential and reverse order."""
+
+MARK = "<!-- everything below is generated -->"
+
+METHODS = (
+    "methods={finetune: [finetune], replay10: [{replay: {repeat: 2}}], eproj: [eproj], merge: [merge], mera10: [mera]}"
+)
+
+KNOBS = (
+    ("full conflict", "mera-miniworld", (METHODS, "data.conflict=1")),
+    ("eight stages", "mera-miniworld-long", (METHODS,)),
+)
+"""Title, experiment and settings."""
 
 TASKS = ("coco", "okvqa", "msvd", "msvd_qa", "audiocaps", "clotho_aqa", "cap3d", "cap3d_qa")
 
@@ -118,14 +131,39 @@ def table(runs: Path, seeds: Sequence[int]) -> str:
         page += ["Backward gain per stage and forward gain at stages 2 to 4, mean over seeds:", ""]
         page += [*_stage_table([summaries[order, s] for s in seeds]), ""]
         page += [
-            "Paired differences of the mean relative gain over all modalities at the last stage (percent points,",
-            "",
+            "Paired differences of the mean relative gain of all modalities at the last stage, in percent points, from"
         ]
-        page[-2:] = [
-            "Paired differences at the last stage (per-sample scores, all tasks, 95 % bootstrap interval), per seed:",
-            "",
-        ]
+        page += ["per-sample scores (95 % bootstrap interval over test items), per seed:", ""]
         page += [*_pairs(runs, order, seeds, summaries), ""]
+    return "\n".join(page)
+
+
+def write(name: str, tables: str) -> None:
+    """Replace what stands below the mark of a page; what people wrote above it stays."""
+    page = RESULTS / name
+    text = page.read_text() if page.is_file() else f"# {name.removesuffix('.md')}\n\n{MARK}\n"
+    page.write_text(f"{text.partition(MARK)[0]}{MARK}\n\n{tables}\n")
+
+
+def knobs(runs: Path) -> str:
+    """The same methods where there is more to forget: modalities that contradict each other, and a longer stream."""
+    page = []
+    for title, name, settings in KNOBS:
+        spec = load(name, [*settings, "seed=0"])
+        summary = run(spec, runs / f"knob-{title.replace(' ', '-')}")
+        page += [f"## {title.capitalize()}", "", f"`graftlm run {name} {' '.join(settings)}`, seed 0.", ""]
+        stages = summary["order"]
+        page += [
+            "| method | " + " | ".join(stages) + " | backward, mean | forward, mean | joint test | text instructions |"
+        ]
+        page += ["|---" * (len(stages) + 5) + "|"]
+        for method, result in summary["methods"].items():
+            row = [*result["backward"], result["backward_mean"], statistics.mean(result["forward"])]
+            probes = result["probes"][-1]
+            page.append(
+                f"| {method} | {' | '.join(f'{x:.1f}' for x in row)} | {probes['mcub']:.3f} | {probes['instructions']:.3f} |"
+            )
+        page.append("")
     return "\n".join(page)
 
 
@@ -133,21 +171,23 @@ def _order_table(order: str, summaries: Sequence[Mapping[str, Any]]) -> list[str
     paper = 0 if order == "sequential" else 1
     rows = [
         "| method | mean over stages, per seed | mean ± spread over seeds | std over stages | last stage | forward (stages 2-4) "
-        "| joint test (accuracy) | paper, mean ± std over stages |",
-        "|---|---|---|---|---|---|---|---|",
+        "| joint test (accuracy) | text instructions (accuracy) | paper, mean ± std over stages |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in PAPER:
         results = [s["methods"][name] for s in summaries]
         means = [r["backward_mean"] for r in results]
         forward = [statistics.mean(r["forward"][1:]) for r in results]
-        joint = [r["probes"][-1]["mcub"] for r in results]
+        joint, text = ([r["probes"][-1][probe] for r in results] for probe in ("mcub", "instructions"))
         rows.append(
             f"| {name} | {' / '.join(f'{x:.1f}' for x in means)} | **{_spread(means)}** "
             f"| {statistics.mean(r['backward_std'] for r in results):.1f} | {_spread([r['backward'][-1] for r in results])} "
-            f"| {_spread(forward)} | {_spread(joint, 3)} | {PAPER[name][paper]} |"
+            f"| {_spread(forward)} | {_spread(joint, 3)} | {_spread(text, 3)} | {PAPER[name][paper]} |"
         )
     floors = [statistics.mean(_relative(s["blind"], s["experts"])) for s in summaries]
-    rows.append(f"| *blind floor* | | {_spread(floors)} | | | | | |")
+    rows.append(f"| *blind floor* | | {_spread(floors)} | | | | | | |")
+    before = [s["base"]["instructions"] for s in summaries]
+    rows.append(f"| *base before any stage* | | | | | | | {_spread(before, 3)} | |")
     return rows
 
 
@@ -194,7 +234,7 @@ def _spread(values: Sequence[float], digits: int = 1) -> str:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["tune", "run", "table"])
+    parser.add_argument("step", choices=["tune", "run", "table", "knobs"])
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
@@ -205,8 +245,10 @@ def main() -> None:
             result = run(spec, folder(arguments.runs, order, seed))
             row = {name: round(m["backward_mean"], 1) for name, m in result["methods"].items()}
             print(order, seed, row, flush=True)
+    elif arguments.step == "table":
+        write("mera-miniworld.md", table(arguments.runs, arguments.seeds))
     else:
-        (RESULTS / "mera-miniworld.md").write_text(table(arguments.runs, arguments.seeds))
+        write("mera-miniworld-knobs.md", knobs(arguments.runs))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def collate(
     rows = [encode(sample, tokenizer, answer=answers) for sample in samples]
     length = max(len(ids) for ids, _, _ in rows)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    input_ids = torch.full((len(rows), length), int(pad))
+    input_ids = torch.full((len(rows), length), 0 if pad is None else int(pad))
     labels = torch.full((len(rows), length), IGNORE)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
     items: dict[Modality, list[Media]] = {}

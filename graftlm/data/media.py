@@ -5,7 +5,11 @@ A file that is missing, cut short or of another kind is a `DataError` that names
 
 import os
 import re
+import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +17,24 @@ from torch import Tensor
 
 from graftlm.core.errors import DataError
 
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from numpy.typing import NDArray
+    from soundfile import SoundFile
+
 __all__ = ["load_audio", "load_frames", "load_image", "load_points"]
 
 HEADER_LIMIT = 65536
 """A PLY header longer than this is not one."""
+
+FEWEST_FRAMES = 0.95
+"""Share of the frames that a container promises; with fewer (one is forgiven) the file was cut short."""
+
+AUDIO_BLOCK = 1 << 20
+"""Samples that are read at a time."""
+
+COUNT = re.compile("[0-9]{1,15}")
+"""A number of points; longer ones are no number of anything."""
 
 PLY_TYPES = {
     "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4", "double": "f8",
@@ -48,17 +66,13 @@ def load_frames(path: Path, count: int, size: int | None = None) -> Tensor:
 
     _expect_file(path, "video")
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # the same bytes on every machine and at every load
-            frames = [frame.to_image() for frame in container.decode(stream)]  # type: ignore[no-untyped-call]
+        total = _count_frames(path)
+        wanted = [int((i + 0.5) * total / count) for i in range(count)]
+        # Decoded twice, so that a clip of minutes never lies in memory as pictures.
+        frames = {i: frame.to_image() for i, frame in enumerate(_decoded(path)) if i in wanted}  # type: ignore[no-untyped-call]
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise _corrupt(path, "video", error) from error
-    if not frames:
-        raise DataError(
-            f"{path}: no frame in this video. At least one is expected; restore the file, or use skip_bad=true."
-        )
-    chosen = [frames[int((i + 0.5) * len(frames) / count)] for i in range(count)]
+    chosen = [frames[i] for i in wanted]
     if size is not None:
         chosen = [f if f.size == (size, size) else f.resize((size, size), Image.Resampling.BICUBIC) for f in chosen]
     array = np.stack([np.asarray(frame.convert("RGB"), dtype=np.float32) for frame in chosen])
@@ -71,8 +85,12 @@ def load_audio(path: Path, rate: int) -> Tensor:
     import soxr
 
     _expect_file(path, "audio")
+    _expect_whole_wave(path)
     try:
-        wave, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            own_rate = file.samplerate
+            # By blocks: a header may promise more than there is, and would be given the memory for it.
+            wave = np.concatenate([np.empty((0, file.channels), np.float32), *_blocks(file)])
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise _corrupt(path, "audio", error) from error
     if not len(wave):
@@ -80,6 +98,8 @@ def load_audio(path: Path, rate: int) -> Tensor:
             f"{path}: no sample in this sound. At least one is expected; restore the file, or use skip_bad=true."
         )
     mono = wave.mean(axis=1)
+    if not np.isfinite(mono).all():
+        raise _corrupt(path, "audio", "a value is not finite")
     return torch.from_numpy(mono if own_rate == rate else soxr.resample(mono, own_rate, rate).astype(np.float32))
 
 
@@ -89,16 +109,68 @@ def load_points(path: Path) -> Tensor:
     if path.suffix == ".ply":
         return _read_ply(path)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        array = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
-        points = np.asarray(array, dtype=np.float32)
-    except (OSError, ValueError, IndexError, EOFError) as error:
+        points = _read_array(path)
+    except (OSError, ValueError, IndexError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise _corrupt(path, "point cloud", error) from error
     if points.ndim != 2 or points.shape[1] not in (3, 6) or not len(points):
         raise DataError(f"{path}: an array of shape {points.shape}; (P, 3) or (P, 6) is expected.")
+    if not np.isfinite(points).all():
+        raise _corrupt(path, "point cloud", "a coordinate is not finite")
     if points.shape[1] == 3:
         points = np.concatenate([points, np.zeros_like(points)], axis=1)
-    return torch.from_numpy(points.copy())
+    if points[:, 3:].max() > 1:  # colours as bytes
+        points[:, 3:] /= 255
+    return torch.from_numpy(points)
+
+
+def _read_array(path: Path) -> "NDArray[np.float32]":
+    with path.open("rb") as file:
+        if file.read(2) == b"PK":
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                return np.array(archive[archive.files[0]], dtype=np.float32)
+    # Mapped, so that a shape that the file cannot hold is refused before memory is given to it.
+    return np.array(np.load(path, mmap_mode="r", allow_pickle=False), dtype=np.float32)
+
+
+def _decoded(path: Path) -> "Iterator[VideoFrame]":
+    import av
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # the same bytes on every machine and at every load
+        yield from container.decode(stream)
+
+
+def _blocks(file: "SoundFile") -> "Iterator[NDArray[np.float32]]":
+    while len(block := file.read(AUDIO_BLOCK, dtype="float32", always_2d=True)):
+        yield block
+
+
+def _count_frames(path: Path) -> int:
+    import av
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        total, claimed = sum(1 for _ in container.decode(stream)), stream.frames  # zero where the format does not say
+    if not total:
+        raise DataError(
+            f"{path}: no frame in this video. At least one is expected; restore the file, or use skip_bad=true."
+        )
+    if total < FEWEST_FRAMES * claimed - 1:
+        raise _corrupt(path, "video", f"it ends after {total} of {claimed} frames")
+    return total
+
+
+def _expect_whole_wave(path: Path) -> None:
+    """Libsndfile reads a WAV file that was cut short as a shorter sound; its header knows better."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    claimed = int.from_bytes(head[4:8], "little") + 8
+    streamed = claimed in (8, 2**32 + 7)  # written to a pipe: the size was never filled in
+    if head[:4] == b"RIFF" and not streamed and claimed > path.stat().st_size + 1:
+        raise _corrupt(path, "audio", f"{path.stat().st_size} of {claimed} bytes")
 
 
 def _read_ply(path: Path) -> Tensor:
@@ -110,7 +182,7 @@ def _read_ply(path: Path) -> Tensor:
     words = [line.split() for line in header if line.strip()]
     form = next((w[1] for w in words if w[0] == "format" and len(w) > 1), "")
     elements = [w for w in words if w[0] == "element"]
-    if not elements or elements[0][1:2] != ["vertex"] or len(elements[0]) != 3 or not elements[0][2].isdigit():
+    if not elements or elements[0][1:2] != ["vertex"] or len(elements[0]) != 3 or not COUNT.fullmatch(elements[0][2]):
         raise _corrupt(path, "PLY file", "its first element is not 'vertex' with a count")
     count = int(elements[0][2])
     if not count:
@@ -120,6 +192,8 @@ def _read_ply(path: Path) -> Tensor:
     properties = [w for w in words[start:stop] if w[0] == "property"]
     if any(len(w) != 3 or w[1] not in PLY_TYPES for w in properties):
         raise _corrupt(path, "PLY file", "a vertex property is not a plain number")
+    if len({w[2] for w in properties}) != len(properties):
+        raise _corrupt(path, "PLY file", "two vertex properties of one name")
     dtype = np.dtype([(w[2], "<" + PLY_TYPES[w[1]]) for w in properties])
     body = data[end.end() :]
     try:

@@ -1,41 +1,41 @@
 """From a sample to token ids: the chat template around it, a slot for every media item inside."""
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from graftlm.core.errors import DataError
-from graftlm.data.types import IGNORE, SLOT, Media, Sample
+from graftlm.data.types import IGNORE, SLOT, Media, Modality, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["encode", "pieces"]
 
+KNOWN: tuple[Modality, ...] = ("image", "video", "audio", "point")
+"""A prompt that names one of these expects an item of it, whatever media the sample has."""
+
 
 def pieces(sample: Sample, text: str | None = None) -> list[str | Media]:
     """The prompt, cut at its slots, with the media in their places; without any slot the media come first.
 
     Args:
-        text: the prompt inside its chat template; None is the prompt itself.
+        text: the prompt, with its slots, inside its chat template; None is the prompt itself.
 
     Raises:
-        DataError: slots and media differ in number or modality.
+        DataError: slots and media differ in number or modality, or the chat template adds or drops slots.
     """
-    text = sample.prompt if text is None else text
-    names = {media.modality for media in sample.media}
-    found = re.findall(r"<([a-z0-9_]+)>", sample.prompt)
-    slots = [name for name in found if name in names or name in ("image", "video", "audio", "point")]
-    if slots and slots != [media.modality for media in sample.media]:
+    text = _content(sample) if text is None else text
+    names = dict.fromkeys(item.modality for item in sample.media)
+    if not names:
+        return [text]
+    cut = re.split(_slots(names), text)
+    if cut[1::2] != [item.modality for item in sample.media]:
         raise DataError(
-            f"sample {sample.task}/{sample.id}: the prompt has {len(slots)} media slots {slots}, but there are "
-            f"{len(sample.media)} media {[m.modality for m in sample.media]}. One item per slot, in order, is expected."
+            f"sample {sample.task}/{sample.id}: the chat template makes media slots {cut[1::2]} of "
+            f"{[item.modality for item in sample.media]}. A template that keeps the prompt as it is is expected."
         )
-    if not slots:
-        before, _, after = text.partition(sample.prompt)
-        return [before, *sample.media, sample.prompt + after]
-    media = iter(sample.media)
-    cut = re.split("(" + "|".join(f"<{name}>" for name in dict.fromkeys(slots)) + ")", text)
-    return [next(media) if part[1:-1] in names and part[:1] == "<" else part for part in cut]
+    return [part for pair in zip(cut[::2], sample.media, strict=False) for part in pair] + [cut[-1]]
 
 
 def encode(
@@ -47,10 +47,14 @@ def encode(
 
     Args:
         answer: append ``answers[0]`` and the end-of-sequence token, which alone have labels.
+
+    Raises:
+        DataError: slots and media do not match; there is no answer, or no end-of-sequence token, to learn.
     """
-    text = f"{sample.prompt}\n"
+    content = _content(sample)
+    text = f"{content}\n"
     if tokenizer.chat_template:
-        message = [{"role": "user", "content": sample.prompt}]
+        message = [{"role": "user", "content": content}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     ids: list[int] = []
     items: list[Media] = []
@@ -62,6 +66,35 @@ def encode(
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     labels = [IGNORE] * len(ids)
     if answer:
-        said = [*tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        said = _answer(sample, tokenizer)
         ids, labels = ids + said, labels + said
     return ids, labels, items
+
+
+def _content(sample: Sample) -> str:
+    """The prompt with a slot for every item, before any template: a template may trim it or repeat its words."""
+    media = [item.modality for item in sample.media]
+    slots = re.findall(_slots([*KNOWN, *media]), sample.prompt)
+    if not slots:
+        return "".join(f"<{name}>" for name in media) + sample.prompt
+    if slots != media:
+        raise DataError(
+            f"sample {sample.task}/{sample.id}: the prompt has {len(slots)} media slots {slots}, but there are "
+            f"{len(media)} media {media}. One item per slot, in order, is expected."
+        )
+    return sample.prompt
+
+
+def _slots(names: Iterable[Modality]) -> str:
+    return f"<({'|'.join(re.escape(name) for name in dict.fromkeys(names))})>"
+
+
+def _answer(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    if not sample.answers:
+        raise DataError(f"sample {sample.task}/{sample.id}: no answer to learn. At least one is expected.")
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "the tokenizer has no end-of-sequence token, so an answer would never end. Set eos_token in "
+            "tokenizer_config.json of the base."
+        )
+    return [*tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -6,11 +6,14 @@ Differs: r is taken of every D_j, rounded half up, at least one sample; mis-pair
 
 import dataclasses
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Sequence
+from decimal import ROUND_HALF_UP, Decimal
 
 from graftlm.core import seeds
 from graftlm.core.errors import ConfigError
-from graftlm.data.types import Sample, Stage
+from graftlm.data.types import Media, Sample, Stage
 
 __all__ = ["mispair", "replay", "subset"]
 
@@ -35,7 +38,9 @@ def replay(stages: Sequence[Stage], fraction: float, seed: int) -> list[Sample]:
 def mispair(samples: Sequence[Sample], share: float, seed: int) -> list[Sample]:
     """A share of the samples gets the media of another: a derangement among those with media of the same modalities.
 
-    A sample that is chosen alone in its group swaps with one that was not chosen; if there is none, it stays.
+    Nobody keeps its own: several samples about one file (captions of a clip, questions about a picture) do not trade
+    among themselves. Those that find no other file among the chosen swap with samples that were not chosen; if there
+    are none, they stay.
 
     Raises:
         ConfigError: the share is not one.
@@ -44,25 +49,35 @@ def mispair(samples: Sequence[Sample], share: float, seed: int) -> list[Sample]:
         raise ConfigError(f"mis-paired share: {share}; a number from 0 to 1 is expected.")
     order = sorted(range(len(samples)), key=lambda i: _rank(samples[i], seed))
     able = [i for i in order if samples[i].media]
-    chosen = set(able[: int(share * len(able) + 0.5)])
+    chosen = set(able[: _share(len(able), share)])
     result = list(samples)
     groups: dict[tuple[str, ...], list[int]] = {}
     for i in able:
         groups.setdefault(tuple(media.modality for media in samples[i].media), []).append(i)
     for name, members in groups.items():
         moving = [i for i in members if i in chosen]
-        if len(moving) == 1:
-            moving += [i for i in members if i not in chosen][:1]
+        if moving:
+            most, count = Counter(samples[i].media for i in moving).most_common(1)[0]
+            others = (i for i in members if i not in chosen and samples[i].media != most)
+            moving += itertools.islice(others, max(0, 2 * count - len(moving)))
         if len(moving) > 1:
-            turned = _turned(moving, seed, "/".join(name))
-            for i, j in zip(moving, turned, strict=True):
+            for i, j in _turned(moving, samples, seed, "/".join(name)):
                 result[i] = dataclasses.replace(samples[i], media=samples[j].media)
     return result
 
 
-def _turned(members: list[int], seed: int, name: str) -> list[int]:
+def _turned(members: list[int], samples: Sequence[Sample], seed: int, name: str) -> list[tuple[int, int]]:
+    """Who gets whose media. Sorted by file and turned by the largest group, nobody meets its own file."""
     shift = int(seeds.rng(seed, "mispair", name).integers(1, len(members)))
-    return members[shift:] + members[:shift]
+    pairs = list(zip(members, members[shift:] + members[:shift], strict=True))
+    if any(samples[i].media == samples[j].media for i, j in pairs):
+        groups: dict[tuple[Media, ...], list[int]] = {}
+        for i in members:
+            groups.setdefault(samples[i].media, []).append(i)
+        ordered = [i for group in sorted(groups.values(), key=len, reverse=True) for i in group]
+        shift = max(map(len, groups.values())) % len(members)
+        pairs = list(zip(ordered, ordered[shift:] + ordered[:shift], strict=True))
+    return pairs
 
 
 def _count(size: int, fraction: float) -> int:
@@ -70,7 +85,12 @@ def _count(size: int, fraction: float) -> int:
         raise ConfigError(f"replay fraction: {fraction}; a number from 0 to 1 is expected (0.1 is 10 %).")
     if fraction == 0 or size == 0:
         return 0
-    return max(1, int(fraction * size + 0.5))
+    return max(1, _share(size, fraction))
+
+
+def _share(size: int, fraction: float) -> int:
+    """``fraction * size``, rounded half up in decimals: 0.29 of 50 is 14.5 and so 15, in binary it is less."""
+    return int((Decimal(str(float(fraction))) * size).to_integral_value(ROUND_HALF_UP))
 
 
 def _rank(sample: Sample, seed: int) -> bytes:

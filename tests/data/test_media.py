@@ -104,6 +104,103 @@ def test_hostile_point_clouds(text: str, message: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("form", "count", "properties", "message"),
+    [
+        ("ascii", "9" * 5000, PLAIN, "first element is not 'vertex' with a count"),
+        ("ascii", str(10**20), PLAIN, "first element is not 'vertex' with a count"),
+        ("ascii", "1", "property float x\n" * 2, "two vertex properties of one name"),
+        ("binary_little_endian", str(10**12), "", "corrupt PLY"),
+    ],
+)
+def test_hostile_headers(form: str, count: str, properties: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.ply").write_text(HEADER.format(form=form, count=count, properties=properties) + "0 0 0\n")
+    with pytest.raises(DataError, match=message):
+        load_points(tmp_path / "a.ply")
+
+
+def test_an_array_header_gets_no_memory_that_the_file_cannot_fill(tmp_path: Path) -> None:
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**13, 6)})
+        file.write(bytes(48))
+    with pytest.raises(DataError, match=r"a\.npy: corrupt point cloud"):
+        load_points(tmp_path / "a.npy")
+
+
+def test_colors_as_bytes_and_values_that_are_none(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", points=np.array([[300, 0, 0, 255, 51, 0]], np.float32))
+    assert load_points(tmp_path / "a.npz")[0].tolist() == pytest.approx([300, 0, 0, 1, 0.2, 0])
+    np.save(tmp_path / "b.npy", np.full((2, 6), np.nan))
+    with pytest.raises(DataError, match=r"b\.npy: corrupt point cloud \(a coordinate is not finite"):
+        load_points(tmp_path / "b.npy")
+    soundfile.write(tmp_path / "c.wav", np.array([0, np.nan]), 8000, subtype="FLOAT")
+    with pytest.raises(DataError, match=r"c\.wav: corrupt audio \(a value is not finite"):
+        load_audio(tmp_path / "c.wav", 8000)
+
+
+def test_a_flac_header_gets_no_memory_that_the_file_cannot_fill(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.zeros(8000), 8000)
+    data = bytearray(path.read_bytes())
+    data[21] |= 0x0F  # with the next four bytes: the number of samples, here 2^36 - 1
+    data[22:26] = b"\xff" * 4
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.flac: corrupt audio"):
+        load_audio(path, 8000)
+
+
+def test_long_sounds_are_read_whole(tmp_path: Path) -> None:
+    wave = np.linspace(-0.9, 0.9, 2_100_000, dtype=np.float32)
+    soundfile.write(tmp_path / "a.flac", wave, 16000, subtype="PCM_24")
+    assert np.abs(load_audio(tmp_path / "a.flac", 16000).numpy() - wave).max() < 1e-5
+
+
+def make(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    match path.suffix:
+        case ".wav" | ".flac":
+            soundfile.write(path, rng.uniform(-0.5, 0.5, 20000), 8000)
+        case ".mp4":
+            video(path, 12)
+        case ".avi":
+            with av.open(str(path), "w") as container:
+                stream = container.add_stream("mpeg4", rate=8)
+                stream.width = stream.height = 64
+                stream.pix_fmt = "yuv420p"
+                for _ in range(40):
+                    pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+                container.mux(stream.encode())
+        case ".npz":
+            np.savez(path, points=rng.normal(size=(300, 6)))
+        case ".npy":
+            np.save(path, rng.normal(size=(300, 6)))
+        case _:
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("a.png", load_image),
+        ("a.jpg", load_image),
+        ("a.mp4", lambda path: load_frames(path, 4)),
+        ("a.avi", lambda path: load_frames(path, 4)),
+        ("a.wav", lambda path: load_audio(path, 8000)),
+        ("a.flac", lambda path: load_audio(path, 8000)),
+        ("a.npy", load_points),
+        ("a.npz", load_points),
+    ],
+)
+def test_files_cut_short_are_named(name: str, reader: object, tmp_path: Path) -> None:
+    path = tmp_path / name
+    make(path)
+    assert torch.isfinite(reader(path)).all()  # type: ignore[operator]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=rf"{name}: corrupt"):
+        reader(path)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
     ("name", "reader"),
     [
         ("a.png", load_image),

@@ -76,6 +76,41 @@ def test_slots_and_media_that_differ_are_named(prompt: str, media: tuple[Media, 
         encode(sample(prompt, *media), make_tokenizer(), answer=False)
 
 
+@pytest.mark.parametrize("prompt", ["what\n", " what ", "this what"])
+def test_a_template_that_trims_or_says_the_same_words_keeps_the_prompt_once(prompt: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "<bos> this is what <ask> {{ messages[0]['content'] | trim }} <say>"
+    ids, _, _ = encode(sample(prompt, IMAGE), tokenizer, answer=False)
+    assert words(ids) == ["<bos>", "this", "is", "what", "<ask>", "@", *prompt.split(), "<say>"]
+
+
+def test_media_alone_are_a_prompt() -> None:
+    ids, _, _ = encode(sample("", IMAGE), make_tokenizer(), answer=False)
+    assert words(ids) == ["<bos>", "<ask>", "@", "<say>"]
+
+
+def test_any_name_is_a_modality() -> None:
+    depth = Media("depth-map.v2", Path("d.png"))
+    ids, _, items = encode(sample("what <depth-map.v2> is", depth), make_tokenizer(), answer=False)
+    assert words(ids) == ["<bos>", "<ask>", "what", "@", "is", "<say>"] and items == [depth]
+
+
+def test_a_template_with_slots_of_its_own_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "<bos> <image> {{ messages[0]['content'] }}"
+    with pytest.raises(DataError, match=r"the chat template makes media slots \['image', 'image'\] of \['image'\]"):
+        encode(sample("what", IMAGE), tokenizer, answer=False)
+
+
+def test_what_cannot_be_learned_is_named() -> None:
+    with pytest.raises(DataError, match="sample t/7: no answer to learn"):
+        encode(sample("what", answers=()), make_tokenizer(), answer=True)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        encode(sample("what"), tokenizer, answer=True)
+
+
 def load(modality: str, items: Sequence[Media]) -> Tensor:
     return torch.tensor([[float(ord(item.source.stem))] for item in items])
 

@@ -73,6 +73,22 @@ def test_media_are_exchanged_within_a_modality_and_never_lost(a: int, b: int, sh
         assert after == before
 
 
+@given(st.lists(st.integers(0, 5), max_size=24), st.sampled_from([0.1, 0.3, 0.5, 1.0]), st.integers(0, 5))
+def test_nobody_keeps_its_own_file_where_several_share_one(files: list[int], share: float, seed: int) -> None:
+    before = [Sample(str(i), "t", (Media("image", Path(str(f))),), "?", ("a",)) for i, f in enumerate(files)]
+    after = mispair(before, share, seed)
+    assert Counter(s.media for s in after) == Counter(s.media for s in before)
+    foreign = sum(a.media != b.media for a, b in zip(before, after, strict=True))
+    most = max(Counter(files).values(), default=0)
+    assert foreign >= min(int(share * len(files) + 0.5), 2 * (len(files) - most))
+    if share == 1 and 2 * most <= len(files):
+        assert foreign == len(files)
+
+
+def test_shares_are_rounded_in_decimals() -> None:
+    assert len(subset(samples(50), 0.29, 0)) == 15 and len(subset(samples(50), 0.01, 0)) == 1
+
+
 def test_text_has_no_media_to_exchange() -> None:
     plain = [Sample("1", "t", (), "?", ("a",))]
     assert mispair(plain, 1.0, 0) == plain

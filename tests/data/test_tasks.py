@@ -1,6 +1,7 @@
 """Public data sets as they lie on disk: read, filtered, and refused with a name when something is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,128 @@ def test_clotho_aqa_keeps_confident_answers(tmp_path: Path) -> None:
         write(tmp_path / f"clotho_aqa_{split}.csv", rows)
     assert [s.answers for s in TASKS.get("clotho_aqa")(tmp_path).train] == [("yes",)]
     assert TASKS.get("clotho_aqa")(tmp_path, confident_only=False).train[0].answers == ("yes", "no")
+
+
+def okvqa(root: Path, splits: tuple[str, ...]) -> None:
+    for split in splits:
+        notes = [{"question_id": i, "answers": [{"answer": "cat"}] * 10} for i in range(6)]
+        asked = [{"image_id": i // 2, "question": "what ?", "question_id": i} for i in range(6)]
+        write(root / f"mscoco_{split}2014_annotations.json", {"annotations": notes})
+        write(root / f"OpenEnded_mscoco_{split}2014_questions.json", {"questions": asked})
+
+
+def test_without_public_test_answers_val_is_divided(tmp_path: Path) -> None:
+    coco(tmp_path / "coco", files=4)
+    (tmp_path / "coco/annotations/captions_test2014.json").unlink()
+    task = TASKS.get("coco")(tmp_path / "coco")
+    assert len(task.val) == len(task.test) == 2 and not {s.id for s in task.val} & {s.id for s in task.test}
+    smaller = TASKS.get("coco")(tmp_path / "coco", test_size=1)
+    assert len(smaller.test) == 1 and set(smaller.test) < set(task.test)
+    okvqa(tmp_path / "okvqa", ("train", "val"))
+    task = TASKS.get("okvqa")(tmp_path / "okvqa", test_size=1)
+    assert len(task.test) == 1 and {s.media for s in task.test}.isdisjoint({s.media for s in task.val})
+
+
+def test_large_tests_are_drawn_the_same_everywhere(tmp_path: Path) -> None:
+    coco(tmp_path, files=9)
+    small, large = (TASKS.get("coco")(tmp_path, test_size=n).test for n in (3, 5))
+    assert len(small) == 3 and set(small) < set(large)
+    assert [int(s.id) for s in large] == sorted(int(s.id) for s in large)
+    gone = small[0].media[0].source
+    gone.unlink()
+    with pytest.raises(DataError, match="are missing"):
+        TASKS.get("coco")(tmp_path, test_size=3)
+    assert len(TASKS.get("coco")(tmp_path, test_size=3, skip_bad=True).test) == 3
+
+
+def test_cap3d_as_distributed(tmp_path: Path) -> None:
+    rows = "".join(f'u{i},"a red, large chair {i}"\n' for i in range(40)) + "long," + "x" * 101 + "\n"
+    write(tmp_path / "cap3d/Cap3D_automated_Objaverse_full.csv", rows)
+    head = "ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\nend_header\n"
+    for i in range(40):
+        write(tmp_path / f"cap3d/points/u{i}.ply", head + "0 0 0\n")
+    task = TASKS.get("cap3d")(tmp_path / "cap3d", train_size=20)
+    assert [len(task.train), len(task.val), len(task.test)] == [20, 4, 4]
+    assert len({s.id for s in (*task.train, *task.val, *task.test)}) == 28
+    assert task.test[0].answers[0].startswith("a red, large chair")
+    questions = "sample_id,caption,question,answer\n" + "".join(f'u{i},c,"what\nis it ?",chair\n' for i in range(8))
+    write(tmp_path / "cap3d_qa/CAP3DQA_final.csv", questions)
+    write(tmp_path / "cap3d_qa/CAP3DQA_final_val.csv", questions)
+    task = TASKS.get("cap3d_qa")(tmp_path / "cap3d_qa", train_size=5)
+    assert [len(task.train), len(task.val), len(task.test)] == [5, 4, 4]
+    assert task.train[0].prompt == "what\nis it ?"
+
+
+def test_questions_about_clips_of_the_caption_test(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(world / "msvd", tmp_path / "msvd")
+    train = TASKS.get("msvd_qa")(tmp_path / "msvd").train
+    assert not caplog.records
+    (tmp_path / "msvd/test_list.txt").write_text(train[0].media[0].source.stem + "\n")
+    assert len(TASKS.get("msvd_qa")(tmp_path / "msvd").train) == len(train)
+    assert "1 training questions are about clips of MSVD's caption test" in caplog.text
+    assert len(TASKS.get("msvd_qa")(tmp_path / "msvd", without_test_clips=True).train) == len(train) - 1
+
+
+def test_mcub_answers_may_lie_apart(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "mcub", tmp_path / "mcub")
+    expected = TASKS.get("mcub")(tmp_path / "mcub").test
+    questions = json.loads((tmp_path / "mcub/MCUB-4.json").read_text())
+    for each in questions:
+        each["conversations"].pop()
+    write(tmp_path / "mcub/MCUB-4.json", questions)
+    assert TASKS.get("mcub")(tmp_path / "mcub").test == expected
+    (tmp_path / "mcub/MCUB-answer.json").unlink()
+    with pytest.raises(DataError, match=r"MCUB-answer\.json: this annotation file is missing"):
+        TASKS.get("mcub")(tmp_path / "mcub")
+
+
+def test_of_a_long_conversation_the_first_answer_counts(tmp_path: Path) -> None:
+    turns = [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * 2, "abcd", strict=True)]
+    for split in ("train", "val", "test"):
+        write(tmp_path / f"{split}.json", [{"id": "1", "conversations": turns}])
+    assert TASKS.get("instructions")(tmp_path).test[0].answers == ("b",)
+
+
+def test_samples_without_text_or_with_one_id_are_named(tmp_path: Path) -> None:
+    coco(tmp_path)
+    path = tmp_path / "annotations/captions_val2014.json"
+    content = json.loads(path.read_text())
+    content["images"].append(content["images"][0])
+    write(path, content)
+    with pytest.raises(DataError, match="coco: two samples with the id '0'"):
+        TASKS.get("coco")(tmp_path)
+    content["images"].pop()
+    content["annotations"][0]["caption"] = None
+    write(path, content)
+    with pytest.raises(DataError, match=r"coco: sample 0 has prompt .* Text and at least one answer"):
+        TASKS.get("coco")(tmp_path)
+
+
+def test_nothing_to_measure_is_an_error(tmp_path: Path) -> None:
+    coco(tmp_path)
+    for path in (tmp_path / "test2014").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"coco: no test sample in .* \(3 skipped\)"):
+        verify(TASKS.get("coco")(tmp_path), skip_bad=True)
+    for path in (tmp_path / "test2014").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"coco: no test sample in .* \(3 skipped\)"):
+        TASKS.get("coco")(tmp_path, skip_bad=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("audiocap_id,youtube_id,start_time,caption\n1,2\n", "row 2: 2 fields, but 4 columns"),
+        ("audiocap_id,youtube_id,start_time,caption\n1,a,0," + "x" * 200_000 + "\n", "not CSV"),
+    ],
+)
+def test_broken_tables_are_named(text: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "dataset/train.csv", text)
+    with pytest.raises(DataError, match=message):
+        TASKS.get("audiocaps")(tmp_path)
 
 
 def test_missing_media_are_counted_and_named(tmp_path: Path) -> None:

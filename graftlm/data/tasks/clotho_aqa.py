@@ -23,11 +23,13 @@ def load(
     limit: int | None = None,
     name: str = "clotho_aqa",
     confident_only: bool = True,
+    test_size: int | None = 1000,
 ) -> Task:
     """Read the data set.
 
     Args:
         confident_only: keep answers whose annotator was confident.
+        test_size: most test questions; 1,000 in MERA.
     """
 
     def samples(split: str) -> list[Sample]:
@@ -42,4 +44,15 @@ def load(
         return found
 
     splits = [samples(s) for s in ("train", "val", "test")]
-    return task(name, "qa", ("audio",), "exact", splits, root=root, skip_bad=skip_bad, limit=limit, max_new_tokens=10)
+    return task(
+        name,
+        "qa",
+        ("audio",),
+        "exact",
+        splits,
+        root=root,
+        skip_bad=skip_bad,
+        limit=limit,
+        max_new_tokens=10,
+        test_size=test_size,
+    )

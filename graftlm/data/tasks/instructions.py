@@ -1,7 +1,7 @@
 """Text-only instructions in the format of LLaVA: what the base could do before it got senses.
 
 Files:   ``{train,val,test}.json``: ``{id, format, conversations: [{from: human|gpt, value}]}``.
-Differs: nothing.
+Differs: of a conversation of several turns, only the first question and its answer.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: 
 
     def samples(split: str) -> list[Sample]:
         return [
-            Sample(str(each["id"]), name, (), each["conversations"][0]["value"], (each["conversations"][-1]["value"],))
+            Sample(str(each["id"]), name, (), each["conversations"][0]["value"], (each["conversations"][1]["value"],))
             for each in read_json(root / f"{split}.json")
         ]
 

@@ -2,7 +2,7 @@
 
 Paper:   Chen et al., Model Composition for Multimodal Large Language Models, ACL 2024, arXiv:2402.12750.
 Files:   ``MCUB-4.json``: ``{id, modal_inputs: {vision, video, audio, point: [path]}, conversations}``; options are part of
-    the question, the gold letter is the last turn.
+    the question, the gold letter is the last turn, or that of ``MCUB-answer.json`` where the questions stand alone.
 Differs: nothing.
 """
 
@@ -19,13 +19,18 @@ MODALITIES = {"vision": "image", "video": "video", "audio": "audio", "point": "p
 @data_set
 def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: str = "mcub") -> Task:
     """Read the data set; it has no training samples."""
+    questions = read_json(root / "MCUB-4.json")
+    answered = questions
+    if any(each["conversations"][-1]["from"] != "gpt" for each in questions):
+        answered = read_json(root / "MCUB-answer.json")
+    letters = {each["id"]: each["conversations"][-1]["value"] for each in answered}
     samples = []
-    for each in read_json(root / "MCUB-4.json"):
+    for each in questions:
         media = tuple(
             Media(MODALITIES[key], inside(root, path)) for key, paths in each["modal_inputs"].items() for path in paths
         )
-        question, answer = each["conversations"][0]["value"], each["conversations"][-1]["value"]
-        samples.append(Sample(str(each["id"]), name, media, question, (answer,)))
+        question = each["conversations"][0]["value"]
+        samples.append(Sample(str(each["id"]), name, media, question, (letters[each["id"]],)))
     splits: list[list[Sample]] = [[], [], samples]
     return task(
         name,

@@ -3,9 +3,11 @@
 Paper:   Xu et al., Video Question Answering via Gradually Refined Attention, ACM MM 2017.
 Files:   ``{train,val,test}_qa.json`` (``{answer, id, question, video_id}``) and ``youtube_mapping.txt`` (clip name,
     ``vidN``) in the MSVD folder.
-Differs: nothing. The splits of captions and questions may overlap in clips; the mini world's do not.
+Differs: nothing. The splits of captions and questions overlap in clips, so learning these questions shows clips of the
+    caption test: this is logged, and ``without_test_clips`` prevents it. The mini world's splits do not overlap.
 """
 
+import logging
 from pathlib import Path
 
 from graftlm.core.errors import DataError
@@ -15,10 +17,25 @@ from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
 
+log = logging.getLogger(__name__)
+
 
 @data_set
-def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: str = "msvd_qa") -> Task:
-    """Read the data set; ``root`` is the MSVD folder."""
+def load(
+    root: Path,
+    *,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    name: str = "msvd_qa",
+    without_test_clips: bool = False,
+    test_size: int | None = 1000,
+) -> Task:
+    """Read the data set; ``root`` is the MSVD folder.
+
+    Args:
+        without_test_clips: leave out training questions about clips on which captions are tested.
+        test_size: most test questions; 1,000 in MERA.
+    """
     clips = {
         number: clip_name for clip_name, number in (line.split() for line in read_lines(root / "youtube_mapping.txt"))
     }
@@ -35,5 +52,26 @@ def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: 
             found.append(Sample(str(each["id"]), name, media, each["question"], (str(each["answer"]),)))
         return found
 
-    splits = [samples(s) for s in ("train", "val", "test")]
-    return task(name, "qa", ("video",), "exact", splits, root=root, skip_bad=skip_bad, limit=limit, max_new_tokens=10)
+    train = samples("train")
+    tested = _caption_tests(root)
+    clean = [sample for sample in train if sample.media[0].source not in tested]
+    if len(clean) < len(train) and not without_test_clips:
+        log.warning("%s: %d training questions are about clips of MSVD's caption test", name, len(train) - len(clean))
+    splits = [clean if without_test_clips else train, samples("val"), samples("test")]
+    return task(
+        name,
+        "qa",
+        ("video",),
+        "exact",
+        splits,
+        root=root,
+        skip_bad=skip_bad,
+        limit=limit,
+        max_new_tokens=10,
+        test_size=test_size,
+    )
+
+
+def _caption_tests(root: Path) -> set[Path]:
+    path = root / "test_list.txt"
+    return {clip(root, clip_name) for clip_name in read_lines(path)} if path.is_file() else set()

@@ -2,15 +2,16 @@
 
 Paper:   Marino et al., OK-VQA, CVPR 2019, arXiv:1906.00067. Use: MERA, arXiv:2503.07663, App. B.
 Files:   ``OpenEnded_mscoco_{train,val,test}2014_questions.json``, ``mscoco_{train,val,test}2014_annotations.json``;
-    pictures in the ``coco`` folder beside this one.
+    pictures in the ``coco`` folder beside this one. There is no public test split: without its files, val and test are
+    drawn from val2014.
 Differs: training uses the most frequent answer; ``distinct_answers`` makes one sample per distinct answer, the likely
-    reading of MERA's 26K samples from 9,009 questions.
+    reading of MERA's 26K samples from 9,009 questions. A test has at most 1,000 questions (``test_size``), as in MERA.
 """
 
 from collections import Counter
 from pathlib import Path
 
-from graftlm.data.tasks.reading import data_set, inside, one, read_json, task
+from graftlm.data.tasks.reading import data_set, hold_out, inside, one, read_json, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
@@ -25,12 +26,14 @@ def load(
     name: str = "okvqa",
     images: Path | None = None,
     distinct_answers: bool = False,
+    test_size: int | None = 1000,
 ) -> Task:
     """Read the data set.
 
     Args:
         images: folder with ``{train,val,test}2014``; by default ``coco`` beside ``root``.
         distinct_answers: one training sample per distinct answer of a question.
+        test_size: most test questions.
     """
     pictures = images or root.parent / "coco"
 
@@ -53,8 +56,21 @@ def load(
                 found.append(Sample(key, name, media, each["question"], (target, *rest)))
         return found
 
-    splits = [samples(s) for s in ("train", "val", "test")]
-    return task(name, "qa", ("image",), "vqa", splits, root=root, skip_bad=skip_bad, limit=limit, max_new_tokens=10)
+    train = samples("train")
+    has_test = (root / "mscoco_test2014_annotations.json").is_file()
+    val, test = (samples("val"), samples("test")) if has_test else hold_out(samples("val"), test_size)
+    return task(
+        name,
+        "qa",
+        ("image",),
+        "vqa",
+        [train, val, test],
+        root=root,
+        skip_bad=skip_bad,
+        limit=limit,
+        max_new_tokens=10,
+        test_size=test_size,
+    )
 
 
 def _picture(pictures: Path, split: str, number: int) -> Path:

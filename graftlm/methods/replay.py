@@ -1,8 +1,8 @@
 """Replay: mix a little of the past into the fine-tuning of every stage.
 
 Paper:   the Replay(r) baseline of Zhang et al., Merge then Realign, EMNLP 2025, arXiv:2503.07663, §4.2, §5.1.
-Differs: nothing while ``repeat`` is 1, which is the paper's. r is taken of every past D_j; the phase that only aligns the new connector sees D_i alone (the paper
-    leaves both open).
+Differs: nothing while ``repeat`` is 1, which is the paper's. r is taken of every past D_j; the phase that only aligns the
+    new connector sees D_i alone (the paper leaves both open).
 """
 
 from dataclasses import dataclass

@@ -308,7 +308,7 @@ def test_a_complete_world_is_reused_and_progress_is_told(tmp_path):
     [
         ({"conflict": 1.5}, r"conflict is 1.5 - expected a number in \[0, 1\]"),
         ({"conflict": float("nan")}, "conflict is nan"),
-        ({"size": "huge"}, "world size 'huge' - expected one of smoke, default"),
+        ({"size": "huge"}, "world size 'huge' - expected one of tiny, smoke, default"),
         ({"stages": 5}, "a mini world of 5 stages - expected 4, or 8"),
     ],
 )

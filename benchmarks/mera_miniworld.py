@@ -3,7 +3,8 @@
 .venv/bin/python benchmarks/mera_miniworld.py tune        settings chosen on validation scenes of an extra seed
 .venv/bin/python benchmarks/mera_miniworld.py run         both orders, seeds 0 1 2 (resumes)
 .venv/bin/python benchmarks/mera_miniworld.py table       write benchmarks/results/mera-miniworld.md
-.venv/bin/python benchmarks/mera_miniworld.py knobs       full conflict and eight stages, seed 0
+.venv/bin/python benchmarks/mera_miniworld.py conflict    five methods in full conflict, both orders
+.venv/bin/python benchmarks/mera_miniworld.py long        five methods over eight stages
 """
 
 import argparse
@@ -24,7 +25,8 @@ from graftlm.experiment.spec import ExperimentSpec, load
 
 RESULTS = Path(__file__).parent / "results"
 TUNING_SEED = 100
-"""Its world is used for choosing settings only, and only its validation scenes."""
+TUNING = (f"seed={TUNING_SEED}", "evaluate.split=val", "data.conflict=0")
+"""The world of this seed is used for choosing settings only, and only its validation scenes."""
 
 PAPER: Mapping[str, tuple[str, str]] = {
     "finetune": ("59.76 ± 27.23", "48.96 ± 35.70"),
@@ -44,11 +46,12 @@ METHODS = (
     "methods={finetune: [finetune], replay10: [{replay: {repeat: 2}}], eproj: [eproj], merge: [merge], mera10: [mera]}"
 )
 
-KNOBS = (
-    ("full conflict", "mera-miniworld", (METHODS, "data.conflict=1")),
-    ("eight stages", "mera-miniworld-long", (METHODS,)),
-)
-"""Title, experiment and settings."""
+KNOBS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "conflict-sequential": ("mera-miniworld", ["data.conflict=1"]),
+    "conflict-reverse": ("mera-miniworld", ["data.conflict=1", "stream=miniworld-reverse"]),
+    "eight-stages": ("mera-miniworld-long", []),
+}
+"""Title -> experiment and settings."""
 
 TASKS = ("coco", "okvqa", "msvd", "msvd_qa", "audiocaps", "clotho_aqa", "cap3d", "cap3d_qa")
 
@@ -68,7 +71,7 @@ def tune_schedule(runs: Path) -> list[str]:
     lines = ["| LLM learning rate | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
     for rate in RATES:
         phases = f"phases={{schedule: miniworld, finetune: {{lr: {{connectors: 1e-3, llm: {rate}}}}}}}"
-        spec = load("mera-miniworld", [phases, f"seed={TUNING_SEED}", "evaluate.split=val"])
+        spec = load("mera-miniworld", [phases, *TUNING])
         worker = Worker(spec, runs / f"tune-schedule-{rate}")
         scores = {}
         for stage in worker.stream.stages:
@@ -95,7 +98,7 @@ def tune_methods(runs: Path) -> list[str]:
     ]
     for method, candidates in TUNED.items():
         for i, override in enumerate(candidates):
-            spec = load("mera-miniworld", [override, f"seed={TUNING_SEED}", "evaluate.split=val"])
+            spec = load("mera-miniworld", [override, *TUNING])
             result = run(spec, runs / f"tune-{method}-{i}")["methods"][method]
             row = [result["backward_mean"], result["backward"][-1], statistics.mean(result["forward"])]
             setting = json.dumps(result["ingredients"])
@@ -145,26 +148,38 @@ def write(name: str, tables: str) -> None:
     page.write_text(f"{text.partition(MARK)[0]}{MARK}\n\n{tables}\n")
 
 
-def knobs(runs: Path) -> str:
-    """The same methods where there is more to forget: modalities that contradict each other, and a longer stream."""
+def knobs(runs: Path, names: Sequence[str], seeds: Sequence[int]) -> str:
+    """Fewer methods where there is more to forget: modalities that contradict each other, or a longer stream."""
     page = []
-    for title, name, settings in KNOBS:
-        spec = load(name, [*settings, "seed=0"])
-        summary = run(spec, runs / f"knob-{title.replace(' ', '-')}")
-        page += [f"## {title.capitalize()}", "", f"`graftlm run {name} {' '.join(settings)}`, seed 0.", ""]
-        stages = summary["order"]
+    for title in names:
+        name, settings = KNOBS[title]
+        specs = [load(name, [METHODS, *settings, f"seed={seed}"]) for seed in seeds]
+        folders = [runs / f"knob-{title}-{seed}" for seed in seeds]
+        summaries = [run(spec, folder) for spec, folder in zip(specs, folders, strict=True)]
         page += [
-            "| method | " + " | ".join(stages) + " | backward, mean | forward, mean | joint test | text instructions |"
+            f"## {title}",
+            "",
+            f"`graftlm run {name} '{METHODS}' {' '.join(settings)}`, seeds {list(seeds)}, mean.",
+            "",
         ]
-        page += ["|---" * (len(stages) + 5) + "|"]
-        for method, result in summary["methods"].items():
-            row = [*result["backward"], result["backward_mean"], statistics.mean(result["forward"])]
-            probes = result["probes"][-1]
-            page.append(
-                f"| {method} | {' | '.join(f'{x:.1f}' for x in row)} | {probes['mcub']:.3f} | {probes['instructions']:.3f} |"
-            )
-        page.append("")
+        page += [*_knob_table(summaries), ""]
     return "\n".join(page)
+
+
+def _knob_table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    stages = summaries[0]["order"]
+    head = [f"after {stage}" for stage in stages[1:]]
+    columns = ["method", *head, "backward, mean per seed", "last stage", "forward", "joint test", "text instructions"]
+    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for method in summaries[0]["methods"]:
+        results = [summary["methods"][method] for summary in summaries]
+        cells = [f"{x:.1f}" for x in np.mean([r["backward"] for r in results], axis=0)[1:]]
+        cells += [" / ".join(f"{r['backward_mean']:.1f}" for r in results)]
+        cells += [_spread([r["backward"][-1] for r in results])]
+        cells += [_spread([statistics.mean(r["forward"][1:]) for r in results])]
+        cells += [_spread([r["probes"][-1][probe] for r in results], 3) for probe in ("mcub", "instructions")]
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+    return rows
 
 
 def _order_table(order: str, summaries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -234,7 +249,7 @@ def _spread(values: Sequence[float], digits: int = 1) -> str:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["tune", "run", "table", "knobs"])
+    parser.add_argument("step", choices=["tune", "run", "table", "conflict", "long"])
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
@@ -247,8 +262,11 @@ def main() -> None:
             print(order, seed, row, flush=True)
     elif arguments.step == "table":
         write("mera-miniworld.md", table(arguments.runs, arguments.seeds))
+    elif arguments.step == "conflict":
+        titles = ("conflict-sequential", "conflict-reverse")
+        write("mera-miniworld-conflict.md", knobs(arguments.runs, titles, arguments.seeds))
     else:
-        write("mera-miniworld-knobs.md", knobs(arguments.runs))
+        write("mera-miniworld-long.md", knobs(arguments.runs, ("eight-stages",), arguments.seeds))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def paired_difference(
     """As `paired_gain`, on tables.
 
     Raises:
-        DataError: the two did not answer the same items, or an expert scores 0.
+        DataError: no experts; the two did not answer the same items; an expert scores 0.
     """
+    if not experts:
+        raise DataError("paired difference: 0 experts' scores; one per task to compare is expected.")
     rng = seeds.rng(seed, "bootstrap")
     values, samples = [], np.zeros(draws)
     for task, expert in experts.items():

@@ -32,8 +32,8 @@ __all__ = [
     "summary",
 ]
 
-Scores = Mapping[str, float]
-"""Task -> score, on any scale that the experts share."""
+Scores = Mapping[str, float | None]
+"""Task -> score, on any scale that the experts share; None where nothing was measured."""
 
 Matrix = Sequence[Sequence[float]]
 """R[t][j], the score on task j after stage t, T x T."""
@@ -47,9 +47,10 @@ def relative_gain(scores: Scores, experts: Scores) -> float:
     Raises:
         DataError: a task of the expert has no score.
     """
-    if missing := [task for task in experts if task not in scores]:
+    known = {task: score for task, score in scores.items() if score is not None}
+    if missing := [task for task in experts if task not in known]:
         raise DataError(f"relative gain: no score of {missing}; every task of the expert is expected. Evaluate them.")
-    ratios = [scores[task] / experts[task] for task in experts if experts[task]]
+    ratios = [known[task] / expert for task, expert in experts.items() if expert]
     return 100 * statistics.fmean(ratios) if ratios else math.nan
 
 
@@ -60,22 +61,31 @@ def backward_gains(scores: Sequence[Mapping[str, Scores]], experts: Mapping[str,
         scores: ``scores[i][modality][task]``, in order of learning, every modality seen after stage i + 1. The newest one
             of a later stage is not needed.
         experts: the upper bounds, ``experts[modality][task]``.
+
+    Raises:
+        DataError: a stage lacks a modality or holds them in another order; a score or an expert is missing.
     """
-    gains = []
-    for i, stage in enumerate(scores):
-        old = list(stage)[: max(1, i)]
-        gains.append(statistics.fmean(relative_gain(stage[name], experts[name]) for name in old))
-    return gains
+    return [
+        statistics.fmean(_gain(scores, experts, i, name) for name in _seen(scores, i, max(1, i)))
+        for i in range(len(scores))
+    ]
 
 
 def forward_gains(scores: Sequence[Mapping[str, Scores]], experts: Mapping[str, Scores]) -> list[float]:
-    """Fw per stage, in percent; arguments as in `backward_gains`."""
-    newest = [list(stage)[i] for i, stage in enumerate(scores)]
-    return [relative_gain(stage[name], experts[name]) for stage, name in zip(scores, newest, strict=True)]
+    """Fw per stage, in percent; arguments and errors as in `backward_gains`, but the newest modality is needed."""
+    return [_gain(scores, experts, i, _seen(scores, i, i + 1)[i]) for i in range(len(scores))]
 
 
 def summary(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for a single value)."""
+    """Mean and sample standard deviation (0 for a single value); nan if a value is.
+
+    Raises:
+        DataError: no values.
+    """
+    if not values:
+        raise DataError("summary: 0 values; the gain of at least one stage is expected. Finish a stage first.")
+    if any(map(math.isnan, values)):  # `statistics.stdev` fails on nan
+        return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -93,6 +103,8 @@ def backward_transfer(matrix: Matrix) -> float:
 def forward_transfer(matrix: Matrix, initial: Sequence[float]) -> float:
     """FWT: mean score of a task just before its stage, above its score before all learning (``initial``)."""
     rows = _square(matrix, least=2)
+    if len(initial) != len(rows):
+        raise DataError(f"forward transfer: {len(initial)} initial scores; one per task, {len(rows)}, is expected.")
     return statistics.fmean(rows[j - 1][j] - initial[j] for j in range(1, len(rows)))
 
 
@@ -122,6 +134,25 @@ def learning_accuracy(matrix: Matrix) -> float:
 def retention(scores: Scores, originals: Scores) -> float:
     """Percent of the original models' scores, mean of the tasks' ratios (not the ratio of means)."""
     return relative_gain(scores, originals)
+
+
+def _seen(scores: Sequence[Mapping[str, Scores]], i: int, count: int) -> list[str]:
+    """The first ``count`` modalities of stage i + 1: from a table with a gap, others would be taken for them."""
+    names, last = list(scores[i]), list(scores[-1])
+    if not count <= len(names) <= i + 1 or names != last[: len(names)]:
+        raise DataError(
+            f"gains: stage {i + 1} has scores of {names}, the last stage of {last}; in order of learning, one modality more "
+            f"at every stage is expected. Evaluate every task seen after every stage."
+        )
+    return names[:count]
+
+
+def _gain(scores: Sequence[Mapping[str, Scores]], experts: Mapping[str, Scores], i: int, name: str) -> float:
+    if name not in experts:
+        raise DataError(
+            f"gains: no expert of '{name}', only of {list(experts)}; an upper bound per modality is expected."
+        )
+    return relative_gain(scores[i].get(name, {}), experts[name])
 
 
 def _square(matrix: Matrix, least: int = 1) -> Matrix:

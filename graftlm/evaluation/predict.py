@@ -5,12 +5,13 @@ started again asks the rest in the same batches, and ends with the same file, by
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from graftlm.core.errors import RunError
+from graftlm.core.errors import DataError, RunError
 from graftlm.core.files import append_jsonl, milestone, read_jsonl, write_text
 from graftlm.data.types import Sample, Task
 
@@ -70,7 +71,9 @@ def predict(
 
     Raises:
         RunError: the file holds answers to other questions.
+        DataError: two samples have one id.
     """
+    _expect_unique(task, samples)
     order = sorted(samples, key=lambda sample: (len(sample.prompt), sample.id))
     done = read_predictions(path)
     _check(done, order, path)
@@ -107,9 +110,25 @@ def _line(task: Task, sample: Sample, output: str) -> Prediction:
     return Prediction(sample.id, task.name, sample.prompt, output, sample.answers, media)
 
 
+def _expect_unique(task: Task, samples: Sequence[Sample]) -> None:
+    twice = [name for name, count in Counter(sample.id for sample in samples).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{task.name}: {len(twice)} sample ids are used more than once (first: '{twice[0]}'); scores are kept by id, so each "
+            f"must be unique within its split. Correct the annotations or their reader."
+        )
+
+
 def _check(done: Sequence[Prediction], order: Sequence[Sample], path: Path) -> None:
-    asked = [(line.sample_id, line.prompt, line.references) for line in done]
-    wanted = [(sample.id, sample.prompt, sample.answers) for sample in order[: len(done)]]
+    # Of media the names only: a data set may move, but blind answers must not pass for sighted ones.
+    asked = [
+        (line.sample_id, line.prompt, line.references, [(name, Path(source).name) for name, source in line.media])
+        for line in done
+    ]
+    wanted = [
+        (sample.id, sample.prompt, sample.answers, [(item.modality, item.source.name) for item in sample.media])
+        for sample in order[: len(done)]
+    ]
     if len(done) > len(order) or asked != wanted:
         where = next((i for i, (a, b) in enumerate(zip(asked, wanted, strict=False)) if a != b), len(order))
         raise RunError(

@@ -62,13 +62,20 @@ def rescore(folder: Path, metrics: Mapping[str, str] | None = None) -> dict[str,
         metrics: task -> metric, where another one than before is wanted.
 
     Raises:
-        RunError: the folder holds no scores.
+        RunError: the folder holds no scores, or fewer predictions than were scored before.
     """
     path = folder / "scores.json"
     if not path.is_file():
         raise RunError(f"{path}: missing; a folder that was evaluated is expected. Evaluate it first.")
-    names = {task: score["metric"] for task, score in read_json(path).items()} | dict(metrics or {})
+    before = read_json(path)
+    names = {task: score["metric"] for task, score in before.items()} | dict(metrics or {})
     answers = {task: read_predictions(folder / "predictions" / f"{task}.jsonl") for task in names}
+    for task, lines in answers.items():
+        if task not in before or len(lines) != before[task]["n"]:
+            raise RunError(
+                f"{folder}: {len(lines)} predictions of '{task}', where {before.get(task, {}).get('n', 0)} were scored; all of "
+                f"them are expected. Evaluate it again: what is there is kept."
+            )
     return _score(folder, answers, names)
 
 

@@ -34,6 +34,8 @@ def tokens(*texts: str) -> list[list[str]]:
         ),
         (["a a a a b c d", "e f g h"], [["a b c d"], ["e f g h"]], [4.397822, 10], None),
         (["a b c d"], [["a b c d"]], [0], 0),
+        (["a b c d", "e"], [["a b"], ["c"]], [3.037611, 0], 1.518805),  # no reference has an n-gram of 3 or 4 words
+        (["", "a"], [["a b"], [""]], [0, 0], 0),
     ],
 )
 def test_vectors(
@@ -52,7 +54,7 @@ def test_equal_to_pycocoevalcap() -> None:
     words = [f"w{i}" for i in range(30)]
 
     def sentence() -> str:
-        return " ".join(rng.choices(words, weights=range(30, 0, -1), k=rng.randint(1, 12)))
+        return " ".join(rng.choices(words, weights=range(30, 0, -1), k=rng.randint(0, 12)))
 
     candidates = [sentence() for _ in range(60)]
     references = [[sentence() for _ in range(rng.randint(1, 5))] for _ in candidates]
@@ -68,6 +70,12 @@ def test_equal_to_pycocoevalcap() -> None:
 def test_tokens_are_like_those_of_the_penn_treebank() -> None:
     assert tokenise("A dog's ball, isn't it?") == ["a", "dog", "'s", "ball", "is", "n't", "it"]
     assert tokenise("Two well-known dogs (3.5 kg).") == ["two", "well-known", "dogs", "3.5", "kg"]
+    assert tokenise("black/white cats, 50% off -- “cannot” be.") == (
+        ["black/white", "cats", "50", "%", "off", "can", "not", "be"]
+    )
+    assert tokenise("At 10:30 a.m. in the U.S.A they're gonna…") == (
+        ["at", "10:30", "a.m.", "in", "the", "u.s.a", "they", "'re", "gon", "na"]
+    )
 
 
 def test_papers_print_cider_times_100() -> None:
@@ -77,6 +85,8 @@ def test_papers_print_cider_times_100() -> None:
 
 def test_accuracies() -> None:
     assert normalise("The Two dogs!") == "2 dogs"
+    assert normalise("don't") == normalise("dont") and normalise("1,000.5 m.") == "1000.5 m"
+    assert exact("", ["A"]) == exact("the", ["A"]) == 0 and exact("a.", ["A"]) == 1  # a letter is not an article
     assert exact("two", ["2"]) == 1 and exact("three", ["2"]) == 0
     assert vqa("dog", ["dog"] * 2 + ["cat"] * 8) == pytest.approx(2 / 3)
     assert vqa("dog", ["dog"] * 4 + ["cat"] * 6) == 1
@@ -93,3 +103,13 @@ def test_what_cannot_be_scored_is_refused() -> None:
         METRICS.get("letter").score(["a"], [[]])
     with pytest.raises(DataError, match="2 reference answers"):
         vqa("dog", ["dog", "cat"])
+    with pytest.raises(DataError, match="3 reference answers"):
+        vqa_official("dog", ["dog"] * 3)
+
+
+def test_the_official_accuracy_leaves_every_answer_out_once() -> None:
+    for matches in range(11):
+        answers = ["dog"] * matches + ["cat"] * (10 - matches)
+        subsets = [answers[:i] + answers[i + 1 :] for i in range(10)]
+        expected = sum(min(1, subset.count("dog") / 3) for subset in subsets) / 10
+        assert vqa_official("Dog.", answers) == pytest.approx(expected)

@@ -1,5 +1,6 @@
 """Answers that survive a crash, and scores that need no model."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from graftlm.core.errors import DataError, RunError
@@ -87,9 +89,38 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     predict(Parrot(), task, task.test, path)
     with pytest.raises(RunError, match="line 1: an answer to another question"):
         predict(Parrot(), task, task.test[1:], path)
+    reworded = tuple(dataclasses.replace(s, prompt="say red9") if s.id == "8" else s for s in task.test)
+    with pytest.raises(RunError, match="line 3: an answer to another question"):  # after those of 0 and 4
+        predict(Parrot(), task, reworded, path)
     path.write_text('{"output": 1}\n')
     with pytest.raises(RunError, match="no prediction"):
         predict(Parrot(), task, task.test, path)
+
+
+def test_blind_answers_do_not_pass_for_sighted_ones(tmp_path: Path) -> None:
+    task = make_task()
+    evaluate(Parrot(), [task], tmp_path)
+    with pytest.raises(RunError, match="an answer to another question"):
+        evaluate(Parrot(), [blind(task, seed=0)], tmp_path)
+    moved = [dataclasses.replace(s, media=(Media("image", Path("/moved") / s.media[0].source),)) for s in task.test]
+    assert evaluate(Parrot(), [dataclasses.replace(task, test=moved)], tmp_path)["colors"].n == 10
+
+
+def test_an_id_that_two_samples_share_is_refused(tmp_path: Path) -> None:
+    task = make_task()
+    with pytest.raises(DataError, match="1 sample ids are used more than once"):
+        predict(Parrot(), task, (*task.test, task.test[0]), tmp_path / "p.jsonl")
+
+
+def test_predictions_that_were_cut_are_not_scored_as_if_whole(tmp_path: Path) -> None:
+    evaluate(Parrot(), [make_task()], tmp_path)
+    path, scores = tmp_path / "predictions/colors.jsonl", (tmp_path / "scores.json").read_bytes()
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    with pytest.raises(RunError, match="4 predictions of 'colors', where 10 were scored"):
+        rescore(tmp_path)
+    assert (tmp_path / "scores.json").read_bytes() == scores
+    evaluate(Parrot(), [make_task()], tmp_path)
+    assert (tmp_path / "scores.json").read_bytes() == scores
 
 
 def test_new_numbers_need_no_model(tmp_path: Path) -> None:
@@ -123,3 +154,18 @@ def test_paired_differences() -> None:
     assert (same.value, same.low, same.high) == (0, 0, 0)
     with pytest.raises(DataError, match="the same items"):
         paired_difference(better, {"t": {"0": 1.0}}, {"t": 0.5})
+    with pytest.raises(DataError, match="0 experts' scores"):
+        paired_difference(better, mixed, {})
+
+
+def test_the_interval_holds_the_truth_in_95_of_100_worlds() -> None:
+    """Both methods share the difficulty of an item; the true difference is 0.1."""
+    rng, held = np.random.default_rng(0), 0
+    for world in range(200):
+        shared, noise = rng.normal(size=80), rng.normal(0, 0.3, size=(2, 80))
+        first, second = (
+            {"t": {str(i): float(x) for i, x in enumerate(v)}} for v in (shared + noise[0] + 0.1, shared + noise[1])
+        )
+        difference = paired_difference(first, second, {"t": 1.0}, seed=world, draws=400)
+        held += difference.low <= 10 <= difference.high
+    assert 176 <= held <= 199

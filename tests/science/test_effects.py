@@ -1,7 +1,7 @@
 """The large effects of the paper, in the mini world: what every run must show, and nothing finer.
 
-One seed of the default world, validation scenes. Differences of a few points are noise here and are not asserted;
-`benchmarks/results/mera-miniworld.md` has several seeds, both orders and more methods.
+One seed of the default world in full conflict, where there is most to forget; validation scenes. Differences of a few
+points are noise here and are not asserted; `benchmarks/results/` has several seeds, both orders and more methods.
 """
 
 import statistics
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    spec = load("mera-miniworld", ["seed=11", "evaluate.split=val", "jobs=1"])
+    spec = load("mera-miniworld", ["seed=11", "data.conflict=1", "evaluate.split=val", "jobs=1"])
     return run(spec, tmp_path_factory.mktemp("effects") / "run")
 
 
@@ -31,7 +31,7 @@ def test_experts_see(summary: dict[str, Any]) -> None:
 def test_fine_tuning_forgets(summary: dict[str, Any]) -> None:
     finetune = summary["methods"]["finetune"]
     assert finetune["backward"][0] == pytest.approx(100)
-    assert min(finetune["backward"][1:]) < 85
+    assert min(finetune["backward"][1:]) < 80
 
 
 def test_mera_keeps_more(summary: dict[str, Any]) -> None:

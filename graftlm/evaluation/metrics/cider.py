@@ -6,7 +6,8 @@
 
 Paper:   Vedantam, Zitnick, Parikh, CIDEr: Consensus-based Image Description Evaluation, CVPR 2015, arXiv:1411.5726, §4, §6.
 Differs: as in the released code (pycocoevalcap), tf is a raw count and l counts bigrams. One item alone has no
-         document frequencies (ln N = 0), so its score is 0, as there. Tokens are made here, without Java.
+         document frequencies (ln N = 0), so its score is 0, as there. Tokens are made here, without Java, and
+         without brackets, which the released tokeniser means to remove but leaves as "-lrb-".
 """
 
 import re
@@ -28,11 +29,11 @@ _CURLY = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '
 _CLITICS = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b")
 _COMPOUNDS = re.compile(r"\b(?:(can)(not)|(gim|lem)(me)|(gon|wan)(na)|(got)(ta))\b")
 _TOKEN = re.compile(
-    r"""(?:[^\W\d_]\.){2,}                              # u.s.  a.m.
+    r"""(?:[^\W\d_]\.){2,}(?:[^\W\d_]\b)?                 # u.s.  a.m.
     | \b(?:mr|mrs|ms|dr|prof|st|jr|sr|vs|etc)\.         # abbreviations keep their dot
     | n't\b | '(?:s|m|d|re|ve|ll)\b                     # clitics, already split off
     | \d+(?:[.,:/]\d+)+                                 # 1,000  3.5  10:30  1/2
-    | \w+(?:[-'&.]\w+)*                                 # words; hyphens stay inside
+    | \w+(?:[-'&./]\w+)*                                # words; hyphens and slashes stay inside
     | [^\w\s]""",
     re.VERBOSE,
 )
@@ -112,7 +113,7 @@ def _similarity(grams: _Ints, sentence: _Ints, texts: _Texts, items: int) -> _Fl
     shared = np.where(mine[place] == wanted, weight[~reference][place], 0.0) if len(mine) else np.zeros(len(wanted))
     dot = np.bincount(owner[reference] - items, np.minimum(shared, theirs) * theirs, minlength=sentences - items)
     scale = norm[texts.item[items:]] * norm[items:]
-    cosine: _Floats = np.divide(dot, scale, out=np.zeros_like(dot), where=scale != 0)
+    cosine: _Floats = np.divide(dot, scale, out=np.zeros(len(dot)), where=scale != 0)
     return cosine
 
 

@@ -1,6 +1,6 @@
 """Files that are complete or absent.
 
-Folders are written under a temporary name, synced, renamed, and marked last; logs grow by whole synced
+Folders are written under a temporary name, marked last, synced and renamed; logs grow by whole synced
 lines, and a torn last line is dropped when read. `milestone` names the points at which the tests kill a run.
 """
 
@@ -134,19 +134,27 @@ def is_complete(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
+def _alive(suffix: str) -> bool:
+    """Whether the process of a temporary name's ".<pid>" still runs."""
+    return not suffix[1:].isdigit() or Path(f"/proc/{suffix[1:]}").exists() or not Path("/proc").exists()
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder under a temporary name; rename and mark it only if nothing failed.
+    """Write a folder under a temporary name, mark it, and rename it only if nothing failed.
 
-    An incomplete folder of the same name (a crash between rename and marker) is replaced. A complete one that
-    another process finished meanwhile is kept, and this one's work dropped: both hold the same content.
+    What a killed process left under a temporary name is removed. An incomplete folder of the same name is replaced. A
+    complete one that another process finished meanwhile is kept, and this one's work dropped: both hold the same content.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in [temporary, *folder.parent.glob(f".{folder.name}.*.tmp")]:
+        if left == temporary or not _alive(left.suffixes[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        (temporary / MARKER).touch()
         for path in sorted(temporary.rglob("*")):
             _sync(path)
         _sync(temporary)
@@ -156,7 +164,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if not folder.exists():
             os.rename(temporary, folder)
             milestone("folder.renamed")
-            write_text(folder / MARKER, "")
             _sync(folder.parent)
         milestone("folder.done")
     finally:

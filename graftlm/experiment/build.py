@@ -35,6 +35,11 @@ def check(spec: ExperimentSpec) -> None:
             f"model.llm: no folder '{spec.model.llm}'. 'miniworld' or a folder in the layout of Hugging Face "
             f"(config.json, tokenizer, safetensors) is expected; nothing is downloaded, so fetch the model first."
         )
+    if spec.model.lora is None and spec.model.dtype != "float32":
+        raise ConfigError(
+            f"model.lora: null tunes every weight, and {spec.model.dtype} weights are too coarse for small steps. Use "
+            f"model.dtype=float32, or a LoRA."
+        )
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device: 'cuda', but torch finds no GPU. Use cpu or auto, or install a torch build for your GPU."

@@ -8,13 +8,14 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 
 from graftlm.core import seeds
 from graftlm.core.errors import RunError
+from graftlm.core.files import is_complete, locked
 from graftlm.data import streams
 from graftlm.data.miniworld.world import WorldSpec, build
 from graftlm.data.types import Sample, Stage, Stream, Task
@@ -24,6 +25,7 @@ from graftlm.experiment.progress import Progress
 from graftlm.experiment.spec import ExperimentSpec
 from graftlm.experiment.stages import LearnedStage, StageStore, cache_folder, copy_linked
 from graftlm.experiment.store import RunStore
+from graftlm.learning.method import Method
 from graftlm.learning.phase import Schedule
 from graftlm.methods import build as build_methods
 
@@ -51,7 +53,9 @@ def open_stream(spec: ExperimentSpec) -> Stream:
 def _world(spec: ExperimentSpec) -> Path:
     seed = spec.seed if spec.data.seed is None else spec.data.seed
     stages: Literal[4, 8] = 8 if "long" in spec.stream else 4
-    return build(WorldSpec(spec.data.size, seed, spec.data.conflict, stages), cache_folder() / "worlds").resolve()
+    worlds = cache_folder() / "worlds"
+    with locked(worlds / ".lock", wait=3600):
+        return build(WorldSpec(spec.data.size, seed, spec.data.conflict, stages), worlds).resolve()
 
 
 def plan_cells(spec: ExperimentSpec, stream: Stream) -> list[Cell]:
@@ -72,9 +76,7 @@ class Worker:
         self.store = RunStore.open(out, spec)
         self.stream = open_stream(spec)
         self.schedule: Schedule = spec.schedule()
-        self.stages = StageStore(
-            cache_folder(), spec.model_spec(), self.stream, self.schedule, spec.seed, spec.device_name()
-        )
+        self.stages = StageStore(cache_folder(), spec.model_spec(), self.schedule, spec.seed, spec.device_name())
 
     def do(self, cell: Cell, progress: Progress) -> None:
         """Finish a cell, from wherever it is.
@@ -128,7 +130,7 @@ class Worker:
         self,
         stage: Stage,
         past: Sequence[Stage],
-        methods: Sequence[Any],
+        methods: Sequence[Method],
         parent: LearnedStage | None,
         folder: Path,
         progress: Progress,
@@ -142,11 +144,33 @@ class Worker:
             told.phase(phase, done)
 
         progress.cell(label, "looking for this stage")
+        if is_complete(folder):
+            return self._again(stage, past, methods, parent, folder, told)
         learned = self.stages.obtain(stage, past, methods, parent, progress=tell)
         told.rest()
         copy_linked(learned.folder, folder)
         self.store.journal("learned", cell=label, key=learned.key)
         return LearnedStage(folder)
+
+    def _again(
+        self,
+        stage: Stage,
+        past: Sequence[Stage],
+        methods: Sequence[Method],
+        parent: LearnedStage | None,
+        folder: Path,
+        told: "Told",
+    ) -> LearnedStage:
+        """A stage that the run folder already holds, if it is what would be learned now."""
+        there = LearnedStage(folder)
+        if there.key != self.stages.key(stage, past, methods, parent):
+            raise RunError(
+                f"{folder}: learned from other data, or by another version of the code, than there is now; one run must not "
+                f"mix them. Choose another --out, or delete this run."
+            )
+        self.stages.remember(there, methods)
+        told.rest()
+        return there
 
     def _measure(
         self, learned: LearnedStage, tasks: Sequence[Task], folder: Path, progress: Progress, label: str

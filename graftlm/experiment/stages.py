@@ -1,7 +1,8 @@
 """Stages by content: learned once, reused by every run and method that would learn the same.
 
-The key of a stage is a hash of all that could change its result: its parent's key, its samples and the bytes of their
-media, the ingredients that do something at this stage, the schedule, the model, the seed, and the code. Experts are
+The key of a stage is a hash of what decides its result: its parent's key, its name, its samples and the bytes of their
+media, the ingredients that do something at this stage, the schedule, the model, the seed, the device, and this package's
+code (not that of other packages: delete the cache when torch or a plug-in of yours changes). Experts are
 stages whose parent is the base; MERA's and fine-tuning's first stage is the image expert, and is found as such.
 """
 
@@ -9,7 +10,7 @@ import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from graftlm.core.files import (
     read_json,
     write_json,
 )
-from graftlm.data.types import Phase, Stage, Stream
+from graftlm.data.types import Phase, Stage
 from graftlm.learning.fit import Progress
 from graftlm.learning.method import Method
 from graftlm.learning.phase import Schedule
@@ -93,17 +94,13 @@ class StageStore:
     Args:
         root: the cache folder.
         model: what to build.
-        stream: the stages of the run.
         schedule: phases of a stage.
         seed: the run's seed.
     """
 
-    def __init__(
-        self, root: Path, model: ModelSpec, stream: Stream, schedule: Schedule, seed: int, device: str = "cpu"
-    ) -> None:
+    def __init__(self, root: Path, model: ModelSpec, schedule: Schedule, seed: int, device: str = "cpu") -> None:
         self.root = root / "stages"
         self.spec = model
-        self.stream = stream
         self.schedule = schedule
         self.seed = seed
         self.device = device
@@ -112,10 +109,13 @@ class StageStore:
 
     def load(self, stage: LearnedStage | None) -> MultimodalLM:
         """The model as a stage left it, or the base for None. One model per process: an earlier result is overwritten."""
-        if stage is None or self._model is None:
+        if self._model is None:
             self._model = MultimodalLM.build(self.spec, seed=self.seed, device=self.device, features=self.features)
         if stage is not None:
-            checkpoint.load(stage.checkpoint, model=self._model)
+            return checkpoint.load(stage.checkpoint, model=self._model)
+        self._model.adapter.drop()
+        self._model.remove_modalities()
+        self._model.adapter.set_ledger([])
         return self._model
 
     def obtain(
@@ -126,36 +126,33 @@ class StageStore:
         parent: LearnedStage | None,
         *,
         progress: Progress | None = None,
-        reused: Callable[[], None] | None = None,
     ) -> LearnedStage:
         """The stage learned after ``parent`` by this mix; from the store if it was learned before.
 
         Methods get the memory (`Method.state`) that they had after the stage.
-
-        Args:
-            reused: called when nothing had to be learned.
         """
-        number = len(past) + 1
-        active = [method for method in methods if not method.idle(number)]
-        key = self.key(stage, active, parent)
+        key = self.key(stage, past, methods, parent)
         folder = self.root / key
         with locked(self.root / f".{key}.lock", wait=7 * 24 * 3600.0):
-            if is_complete(folder):
-                if reused:
-                    reused()
-            else:
+            if not is_complete(folder):
                 self._learn(folder, stage, past, methods, parent, progress)
         found = LearnedStage(folder)
-        _restore_states(methods, folder / "methods.safetensors")
+        self.remember(found, methods)
         return found
 
-    def key(self, stage: Stage, active: Sequence[Method], parent: LearnedStage | None) -> str:
-        """The content hash of a stage."""
+    def remember(self, stage: LearnedStage, methods: Sequence[Method]) -> None:
+        """Give methods the memory (`Method.state`) that they had after a stage."""
+        _restore_states(methods, stage.folder / "methods.safetensors", self.device)
+
+    def key(self, stage: Stage, past: Sequence[Stage], methods: Sequence[Method], parent: LearnedStage | None) -> str:
+        """The content hash of a stage: parent, name, samples and media, ingredients at work, phases, model, seed, code."""
+        active = [method for method in methods if not method.idle(len(past) + 1)]
         phases = [*self.schedule.phases, *([self.schedule.realign] if active else [])]
         return hash_json(
             {
                 "parent": parent.key if parent else ROOT,
-                "stage": self._digest(stage),
+                "stage": [stage.name, self._digest(stage)],
+                "device": self.device,
                 "methods": describe(active),
                 "phases": [_phase(phase) for phase in phases],
                 "model": self.spec.to_dict(),
@@ -194,7 +191,11 @@ class StageStore:
             checkpoint.save(
                 model, temporary / "checkpoint", history=[*history, step], parent=parent.checkpoint if parent else None
             )
-            states = {f"{i}.{name}": x.contiguous() for i, m in enumerate(methods) for name, x in m.state.items()}
+            states = {
+                f"{label}.{name}": x.detach().cpu().contiguous().clone()
+                for label, method in _labelled(methods)
+                for name, x in method.state.items()
+            }
             save_file(states, temporary / "methods.safetensors")
             write_json(temporary / "fit.json", [log.to_dict() for log in logs])
             write_json(temporary / "key.json", {"key": folder.name})
@@ -217,10 +218,21 @@ class StageStore:
         )
 
 
-def _restore_states(methods: Sequence[Method], path: Path) -> None:
-    states = load_file(path)
-    for index, method in enumerate(methods):
-        prefix = f"{index}."
+def _labelled(methods: Sequence[Method]) -> list[tuple[str, Method]]:
+    """Ingredients with a name that does not depend on which idle ones stand beside them: class, and its how many-th."""
+    counts: dict[str, int] = {}
+    labelled = []
+    for method in methods:
+        name = type(method).__name__
+        counts[name] = counts.get(name, 0) + 1
+        labelled.append((f"{name}-{counts[name]}", method))
+    return labelled
+
+
+def _restore_states(methods: Sequence[Method], path: Path, device: str) -> None:
+    states = load_file(path, device=device)
+    for label, method in _labelled(methods):
+        prefix = f"{label}."
         method.state = {name.removeprefix(prefix): x for name, x in states.items() if name.startswith(prefix)}
 
 

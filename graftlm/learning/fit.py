@@ -102,14 +102,16 @@ def fit(
             f"phase {phase.name}: no samples. At least one is expected; check the data set and its filters."
         )
     parameters = model_parts.select(model, parts)
-    if not parameters:
-        raise RunError(f"phase {phase.name}: no parameter belongs to {sorted(parts)}. Check `trainable` of the phase.")
+    if idle := [part for part in sorted(parts) if not any(_inside(name, part) for name in parameters)]:
+        raise RunError(f"phase {phase.name}: no parameter belongs to {idle}. Check `trainable` of the phase.")
     model_parts.freeze_all(model)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(_groups(parameters, phase), weight_decay=phase.weight_decay)
     peaks = [group["lr"] for group in optimiser.param_groups]
     total = steps_of(len(samples), phase)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     start, cpu = time.perf_counter(), time.process_time()
     losses: list[float] = []
     tokens = done = 0
@@ -126,8 +128,13 @@ def fit(
                         f"finite number was expected (samples {', '.join(s.id for s in batch[:4])} ...). The last saved "
                         f"stage is intact; lower the learning rate {dict(phase.lr)} or check these samples."
                     )
-                if phase.clip:
-                    nn.utils.clip_grad_norm_(parameters.values(), phase.clip)
+                norm = nn.utils.clip_grad_norm_(parameters.values(), phase.clip or math.inf)
+                if not torch.isfinite(norm):
+                    raise RunError(
+                        f"phase {phase.name}, epoch {epoch + 1}, step {len(losses) + 1} of {total}: the gradient's norm is "
+                        f"{norm.item()}, a finite number was expected. The last saved stage is intact; lower the learning "
+                        f"rate {dict(phase.lr)}."
+                    )
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
                 losses.append(loss)
@@ -182,7 +189,7 @@ def _groups(parameters: Mapping[str, nn.Parameter], phase: Phase) -> list[dict[s
     """Optimiser groups: one per learning rate, the longest matching prefix of `Phase.lr` decides."""
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        prefixes = [part for part in phase.lr if name == part or name.startswith(f"{part}.")]
+        prefixes = [part for part in phase.lr if _inside(name, part)]
         if not prefixes:
             raise RunError(
                 f"phase {phase.name}: '{name}' is trained but has no learning rate. lr names {sorted(phase.lr)}; add one "
@@ -190,6 +197,10 @@ def _groups(parameters: Mapping[str, nn.Parameter], phase: Phase) -> list[dict[s
             )
         groups.setdefault(max(prefixes, key=len), []).append(parameter)
     return [{"params": members, "lr": phase.lr[part]} for part, members in groups.items()]
+
+
+def _inside(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
 def _rate(step: int, total: int, phase: Phase) -> float:

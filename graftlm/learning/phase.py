@@ -1,8 +1,8 @@
 """The named schedules: which parts move, when, and how fast.
 
 Paper:   Zhang et al., Merge then Realign, EMNLP 2025, arXiv:2503.07663, Table 9 (``llava-two-step``).
-Differs: ``llava-two-step`` nothing. ``miniworld`` has its own epochs and rates, chosen on validation scenes, because
-    its base is five orders of magnitude smaller.
+Differs: ``llava-two-step`` runs in the model's dtype, not FP16, and its cosine starts with the warm-up. ``miniworld`` has
+    its own epochs and rates, chosen on validation scenes, because its base is four orders of magnitude smaller.
 """
 
 import dataclasses

@@ -7,8 +7,8 @@ longer fit it. MERA repairs each cheaply:
     realign    tune all connectors on r of D_1 … D_i     the LLM frozen
 
 Paper:   Zhang et al., Merge then Realign, EMNLP 2025, arXiv:2503.07663, §4; noise: App. A.5.
-Differs: nothing. Effective weights are averaged, not LoRA factors, and every stage has a fresh LoRA; r is taken of
-    every D_j (the paper leaves these open).
+Differs: nothing that the paper fixes. It leaves open, and we chose: effective weights are averaged, not LoRA factors, every
+    stage has a fresh LoRA, and r is taken of every D_j.
 """
 
 import dataclasses

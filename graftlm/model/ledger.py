@@ -1,6 +1,8 @@
 """What stages added to the LLM, kept apart from it: effective weight = base + Σ entries, in float32, rounded once.
 
-A fold never rounds an update into low-precision weights, where small updates vanish and the loss adds up over stages.
+A fold never rounds an update into low-precision weights, where small updates vanish and the loss adds up over stages. The
+sum still ends in the working dtype: in bfloat16 an update below half a unit in the last place of its base weight does not
+show in the working weights, though it is kept here and counts in the next sum.
 Entries are on the CPU and are never changed once made.
 """
 
@@ -79,6 +81,8 @@ class LedgerEntry:
                     f"{where}: tensor '{key}' has shape {tuple(tensor.shape)}, which does not fit the LLM's weight of "
                     f"{tuple(shape)}. The ledger is of another LLM."
                 )
+            if kind == "B" and f"{name}.A" in self.tensors and tensor.shape[1:] != self.tensors[f"{name}.A"].shape[:1]:
+                raise CheckpointError(f"{where}: the ranks of '{name}.A' and '{key}' differ. The file is damaged.")
             if kind in ("A", "B", "scale") and not {f"{name}.A", f"{name}.B", f"{name}.scale"} <= self.tensors.keys():
                 raise CheckpointError(
                     f"{where}: '{key}' stands alone; '{name}' needs .A, .B and .scale. The file is damaged."

@@ -49,7 +49,8 @@ def encode(
         answer: append ``answers[0]`` and the end-of-sequence token, which alone have labels.
 
     Raises:
-        DataError: slots and media do not match; there is no answer, or no end-of-sequence token, to learn.
+        DataError: slots and media do not match; there is nothing to read; there is no answer, or no end-of-sequence
+            token, to learn.
     """
     content = _content(sample)
     text = f"{content}\n"
@@ -64,6 +65,8 @@ def encode(
             items.append(piece)
         elif piece.strip():
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise DataError(f"sample {sample.task}/{sample.id}: an empty prompt without media. A question is expected.")
     labels = [IGNORE] * len(ids)
     if answer:
         said = _answer(sample, tokenizer)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from graftlm.core.errors import DataError
+from graftlm.core.errors import ConfigError, DataError, did_you_mean
 from graftlm.core.registry import Registry
 from graftlm.data.tasks import TASKS
 from graftlm.data.tasks.reading import verify
@@ -45,19 +45,21 @@ def miniworld(root: Path, order: Order = "sequential", *, long: bool = False, sk
 
     The order of the second visits is that of the first.
     """
-    names = list(MERA) if order == "sequential" else list(MERA)[::-1]
-    stages = [_stage(root, name, name, "", skip_bad) for name in names]
+    names = _modalities(order)
+    known: dict[Path, str] | None = {} if skip_bad else None
+    stages = [_stage(root, name, name, "", known) for name in names]
     if long:
-        stages += [_stage(root / "second", name, f"{name}2", "_2", skip_bad) for name in names]
-    probes = (_load("mcub", root, skip_bad), _load("instructions", root, skip_bad))
+        stages += [_stage(root / "second", name, f"{name}2", "_2", known) for name in names]
+    probes = (_load("mcub", root, known), _load("instructions", root, known))
     return Stream(f"miniworld-{'long-' if long else ''}{order}", tuple(stages), probes)
 
 
 def mera(root: Path, order: Order = "sequential", *, skip_bad: bool = False) -> Stream:
     """The eight data sets of MERA, one folder each below ``root``; MCUB is measured when its folder is there."""
-    names = list(MERA) if order == "sequential" else list(MERA)[::-1]
-    stages = tuple(_stage(root, name, name, "", skip_bad) for name in names)
-    probes = (_load("mcub", root, skip_bad),) if (root / "mcub").is_dir() else ()
+    names = _modalities(order)
+    known: dict[Path, str] | None = {} if skip_bad else None
+    stages = tuple(_stage(root, name, name, "", known) for name in names)
+    probes = (_load("mcub", root, known),) if (root / "mcub").is_dir() else ()
     return Stream(f"mera-{order}", stages, probes)
 
 
@@ -69,8 +71,14 @@ mera_sequential = partial(mera, order="sequential")
 mera_reverse = partial(mera, order="reverse")
 
 
-def _stage(root: Path, modality: str, name: str, suffix: str, skip_bad: bool) -> Stage:
-    tasks = tuple(_load(task, root, skip_bad, suffix) for task in MERA[modality])
+def _modalities(order: Order) -> list[str]:
+    if order not in get_args(Order):
+        raise ConfigError(f"order '{order}'; {did_you_mean(order, get_args(Order))}")
+    return list(MERA) if order == "sequential" else list(MERA)[::-1]
+
+
+def _stage(root: Path, modality: str, name: str, suffix: str, known: dict[Path, str] | None) -> Stage:
+    tasks = tuple(_load(task, root, known, suffix) for task in MERA[modality])
     for task in tasks:
         if not task.train:
             raise DataError(
@@ -79,6 +87,12 @@ def _stage(root: Path, modality: str, name: str, suffix: str, skip_bad: bool) ->
     return Stage(name, tasks)
 
 
-def _load(name: str, root: Path, skip_bad: bool, suffix: str = "") -> Task:
-    task: Task = TASKS.get(name)(root / FOLDERS.get(name, name), skip_bad=skip_bad, name=f"{name}{suffix}")
-    return verify(task, skip_bad=True) if skip_bad else task  # whoever skips bad files wants corrupt ones found as well
+def _load(name: str, root: Path, known: dict[Path, str] | None, suffix: str = "") -> Task:
+    """A task; with a dict of what is ``known`` about files, which grows, its bad media are left out.
+
+    Whoever skips bad files wants corrupt ones found as well. Two data sets share each picture, clip or cloud: it is
+    decoded once.
+    """
+    folder, skip_bad = root / FOLDERS.get(name, name), known is not None
+    task: Task = TASKS.get(name)(folder, skip_bad=skip_bad, name=f"{name}{suffix}")
+    return verify(task, skip_bad=True, known=known) if skip_bad else task

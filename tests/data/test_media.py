@@ -1,5 +1,7 @@
 """Real files decoded; broken and hostile ones named."""
 
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -130,7 +132,7 @@ def test_colors_as_bytes_and_values_that_are_none(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", points=np.array([[300, 0, 0, 255, 51, 0]], np.float32))
     assert load_points(tmp_path / "a.npz")[0].tolist() == pytest.approx([300, 0, 0, 1, 0.2, 0])
     np.save(tmp_path / "b.npy", np.full((2, 6), np.nan))
-    with pytest.raises(DataError, match=r"b\.npy: corrupt point cloud \(a coordinate is not finite"):
+    with pytest.raises(DataError, match=r"b\.npy: corrupt point cloud \(a coordinate or a colour is not finite"):
         load_points(tmp_path / "b.npy")
     soundfile.write(tmp_path / "c.wav", np.array([0, np.nan]), 8000, subtype="FLOAT")
     with pytest.raises(DataError, match=r"c\.wav: corrupt audio \(a value is not finite"):
@@ -146,6 +148,92 @@ def test_a_flac_header_gets_no_memory_that_the_file_cannot_fill(tmp_path: Path) 
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"a\.flac: corrupt audio"):
         load_audio(path, 8000)
+
+
+@pytest.mark.parametrize("rate", [1, 7, 2**31 - 1])
+def test_a_sound_of_an_absurd_rate_is_not_resampled(rate: int, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000), 8000)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[24:28] = struct.pack("<I", rate)
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(DataError, match=rf"a\.wav: corrupt audio \({rate} samples per second; 1000 to 1000000"):
+        load_audio(tmp_path / "a.wav", 16000)
+
+
+@pytest.mark.parametrize("array", [np.full((2, 6), 1e300), np.ones((2, 6), complex), np.full((2, 3), "a")])
+def test_arrays_of_no_coordinates(array: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(DataError, match=r"a\.npy: corrupt point cloud \((a coordinate|its values are not real)"):
+        load_points(tmp_path / "a.npy")
+
+
+def test_headers_of_arrays_that_are_locked_unknown_or_no_literal(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((2, 3)))
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data.replace(b"}", b"{", 1))
+    np.savez(tmp_path / "good.npz", points=np.ones((2, 3)))
+    data = (tmp_path / "good.npz").read_bytes()
+    directory = data.index(b"PK\x01\x02")
+    for name, offset, value in (("locked.npz", 8, 1), ("unknown.npz", 10, 77)):
+        changed = bytearray(data)
+        changed[offset - 2] = changed[directory + offset] = value
+        (tmp_path / name).write_bytes(changed)
+    for name in ("a.npy", "locked.npz", "unknown.npz"):
+        with pytest.raises(DataError, match=rf"{name}: corrupt point cloud"):
+            load_points(tmp_path / name)
+
+
+def test_a_video_that_nothing_decodes_is_named(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", 4)
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(DataError, match=r"a\.mp4: corrupt video \(there is no decoder"):
+        load_frames(tmp_path / "a.mp4", 4)
+
+
+def test_ply_as_other_programs_write_it(tmp_path: Path) -> None:
+    floats = "".join(f"property float {c}\n" for c in ("red", "green", "blue"))
+    text = HEADER.format(form="ascii", count=1, properties="comment end_header\n" + PLAIN + floats) + "1 2 3 255 51 0\n"
+    (tmp_path / "A.PLY").write_bytes(text.replace("\n", "\r\n").encode())
+    assert load_points(tmp_path / "A.PLY")[0].tolist() == pytest.approx([1, 2, 3, 1, 0.2, 0])
+
+
+def test_rounded_colors_are_not_taken_for_bytes(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([[0, 0, 0, 1.0001, 0.5, 0]]))
+    assert load_points(tmp_path / "a.npy")[0, 4].item() == 0.5
+
+
+KINDS: tuple[tuple[str, Callable[[Path], torch.Tensor]], ...] = (
+    ("a.png", load_image),
+    ("a.jpg", load_image),
+    ("a.wav", lambda path: load_audio(path, 8000)),
+    ("a.flac", lambda path: load_audio(path, 8000)),
+    ("a.npy", load_points),
+    ("a.npz", load_points),
+    ("a.ply", load_points),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of Pillow and NumPy, about what then cannot be read
+@pytest.mark.parametrize(("name", "reader"), KINDS)
+def test_damaged_bytes_are_a_data_error_or_finite_numbers(
+    name: str, reader: Callable[[Path], torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if name == "a.ply":
+        body = "".join(f"{i} 1 2 255 0 9\n" for i in range(9))
+        path.write_text(HEADER.format(form="ascii", count=9, properties=PLAIN + COLORS) + body)
+    else:
+        make(path)
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        changed = bytearray(data)
+        for place in rng.integers(0, min(len(data), 250), 3):
+            changed[place] = rng.choice([0, 255, 57, int(rng.integers(256))])
+        path.write_bytes(changed)
+        try:
+            assert torch.isfinite(reader(path)).all()
+        except DataError as error:
+            assert name in str(error)
 
 
 def test_long_sounds_are_read_whole(tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
-"""From samples to token ids and batches: slots, templates, padding, labels."""
+"""From samples to token ids: slots, templates, labels."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from graftlm.core.errors import DataError
-from graftlm.data.collate import collate
 from graftlm.data.prompts import encode, pieces
 from graftlm.data.types import IGNORE, SLOT, Media, Sample
 
@@ -27,6 +26,9 @@ def make_tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
     if template:
         tokenizer.chat_template = "<bos> <ask> {{ messages[0]['content'] }} <say>"
     return tokenizer
+
+
+TOKENIZERS = {template: make_tokenizer(template) for template in (True, False)}
 
 
 def sample(prompt: str, *media: Media, answers: tuple[str, ...] = ("red circle",)) -> Sample:
@@ -111,26 +113,21 @@ def test_what_cannot_be_learned_is_named() -> None:
         encode(sample("what"), tokenizer, answer=True)
 
 
-def load(modality: str, items: Sequence[Media]) -> Tensor:
-    return torch.tensor([[float(ord(item.source.stem))] for item in items])
+def test_an_empty_prompt_without_media_is_nothing_to_ask() -> None:
+    with pytest.raises(DataError, match="sample t/7: an empty prompt without media"):
+        encode(sample(" "), make_tokenizer(template=False), answer=True)
 
 
-def test_training_pads_on_the_right_and_generation_on_the_left() -> None:
-    rows = [sample("what is this", IMAGE), sample("<image> <audio> <image>", OTHER, SOUND, IMAGE), sample("what")]
-    batch = collate(rows, make_tokenizer(), load)
-    assert batch.attention_mask[:, 0].all() and not batch.attention_mask.all()
-    assert (batch.labels[~batch.attention_mask] == IGNORE).all()
-    left = collate(rows, make_tokenizer(), load, answers=False)
-    assert left.attention_mask[:, -1].all() and (left.labels == IGNORE).all()
-    for made in (batch, left):
-        for modality, values in made.media.items():
-            where = made.places[modality]
-            assert (made.input_ids[where[:, 0], where[:, 1]] == SLOT).all() and len(values) == len(where)
-        assert made.media["image"].flatten().tolist() == [ord("a"), ord("b"), ord("a")]
-        assert made.places["image"][:, 0].tolist() == [0, 1, 1]
-        assert int((made.input_ids == SLOT).sum()) == 4
+PARTS = st.lists(st.sampled_from(["what", "is", IMAGE, OTHER, SOUND]), max_size=8)
 
 
-def test_a_batch_of_nothing_is_an_error() -> None:
-    with pytest.raises(DataError, match="no samples"):
-        collate([], make_tokenizer(), load)
+@given(PARTS, st.booleans())
+def test_items_stand_where_the_prompt_has_them(parts: list[str | Media], template: bool) -> None:
+    prompt = " ".join(part if isinstance(part, str) else f"<{part.modality}>" for part in ["this", *parts])
+    asked = sample(prompt, *(part for part in parts if isinstance(part, Media)))
+    ids, labels, items = encode(asked, TOKENIZERS[template], answer=False)
+    around = (["<bos>", "<ask>"], ["<say>"]) if template else ([], [])
+    middle = ["this", *("@" if isinstance(part, Media) else part for part in parts)]
+    assert words(ids) == [*around[0], *middle, *around[1]]
+    assert tuple(items) == asked.media and labels == [IGNORE] * len(ids)
+    assert "".join(p if isinstance(p, str) else f"<{p.modality}>" for p in pieces(asked)) == prompt

@@ -11,10 +11,9 @@ from PIL import Image
 
 from graftlm.core.errors import DataError
 from graftlm.data.miniworld.world import WorldSpec, build
-from graftlm.data.streams import STREAMS, mera, miniworld
 from graftlm.data.tasks import TASKS
-from graftlm.data.tasks.reading import verify
-from graftlm.data.types import Task
+from graftlm.data.tasks.reading import data_set, inside, task, verify
+from graftlm.data.types import Sample, Task
 
 NAMES = list(TASKS.table())
 
@@ -50,22 +49,6 @@ def test_every_data_set_of_the_mini_world(name: str, world: Path) -> None:
         assert len(task.train) == 24 and all(len(s.answers) == 1 for s in task.train)
         assert len(task.test) == 8 and all(len(s.answers) == 5 for s in task.test)
     verify(task)
-
-
-def test_streams(world: Path) -> None:
-    assert [s.name for s in miniworld(world).stages] == ["image", "video", "audio", "point"]
-    long = miniworld(world, "reverse", long=True)
-    assert [s.name for s in long.stages] == [
-        *("point", "audio", "video", "image"),
-        *("point2", "audio2", "video2", "image2"),
-    ]
-    assert [t.name for t in long.stages[4].tasks] == ["cap3d_2", "cap3d_qa_2"]
-    assert long.stages[4].modalities == ("point",)
-    assert [p.name for p in long.probes] == ["mcub", "instructions"]
-    assert set(long.probes[0].modalities) == {"image", "video", "audio", "point"}
-    assert mera(world, "reverse").stages[0].name == "point"
-    for name in STREAMS.table():
-        assert STREAMS.get(name)(world).stages
 
 
 def coco(root: Path, files: int = 3) -> None:
@@ -209,10 +192,9 @@ def test_samples_without_text_or_with_one_id_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="coco: two samples with the id '0'"):
         TASKS.get("coco")(tmp_path)
     content["images"].pop()
-    content["annotations"][0]["caption"] = None
-    write(path, content)
-    with pytest.raises(DataError, match=r"coco: sample 0 has prompt .* Text and at least one answer"):
-        TASKS.get("coco")(tmp_path)
+    silent = Sample("5", "t", (), "what ?", ())
+    with pytest.raises(DataError, match=r"t: sample 5 has prompt .* Text and at least one answer"):
+        task("t", "qa", (), "exact", [[], [], [silent]], root=tmp_path, skip_bad=False, limit=None)
 
 
 def test_nothing_to_measure_is_an_error(tmp_path: Path) -> None:
@@ -289,24 +271,146 @@ def test_a_path_that_leads_out_is_refused(file_name: str, tmp_path: Path) -> Non
         TASKS.get("coco")(tmp_path)
 
 
+COCO = "annotations/captions_train2014.json"
+NOTES, ASKED = "mscoco_train2014_annotations.json", "OpenEnded_mscoco_train2014_questions.json"
+GOOD_NOTES = {"annotations": [{"question_id": 1, "answers": [{"answer": "a"}]}]}
+HUMAN, MACHINE = {"from": "human", "value": "?"}, {"from": "gpt", "value": "A"}
+INPUTS = {"vision": ["a.png"], "video": ["a.mp4"], "audio": ["a.wav"], "point": ["a.ply"]}
+
+
 @pytest.mark.parametrize(
-    "content", ["[]", '{"images": [{"name": 1}], "annotations": []}', '{"images": 3, "annotations": []}']
+    ("name", "files", "message"),
+    [
+        ("coco", {COCO: []}, r"captions_train2014\.json: no list 'annotations' of entries"),
+        ("coco", {COCO: {"annotations": 3}}, r"no list 'annotations' of entries"),
+        ("coco", {COCO: {"annotations": [7]}}, r"annotations\[0\] is 7, fields \['image_id', 'caption'\] are expected"),
+        (
+            "coco",
+            {COCO: {"annotations": [{"image_id": 0, "caption": "x"}, {"image_id": 0}]}},
+            r"captions_train2014\.json: annotations\[1\] has no 'caption'",
+        ),
+        (
+            "coco",
+            {COCO: {"annotations": [{"image_id": [], "caption": "x"}]}},
+            r"annotations\[0\]\.image_id is \[\], a whole number or text is expected",
+        ),
+        (
+            "coco",
+            {COCO: {"annotations": [{"image_id": 0, "caption": None}]}},
+            r"annotations\[0\]\.caption is None, text",
+        ),
+        ("coco", {COCO: {"annotations": [], "images": [{"name": 1}]}}, r"images\[0\] has no 'id'"),
+        ("coco", {COCO: {"annotations": [], "images": [{"id": True, "file_name": ""}]}}, r"images\[0\]\.id is True"),
+        (
+            "okvqa",
+            {NOTES: {"annotations": [{"question_id": 1, "answers": ["a"]}]}},
+            rf"{NOTES}: annotations\[0\]\.answers\[0\] is 'a', fields",
+        ),
+        (
+            "okvqa",
+            {NOTES: {"annotations": [{"question_id": 1, "answers": []}]}},
+            r"answers is \[\], a list of 1 or more",
+        ),
+        (
+            "okvqa",
+            {NOTES: GOOD_NOTES, ASKED: {"questions": [{"question_id": 1, "image_id": "x", "question": "?"}]}},
+            rf"{ASKED}: questions\[0\]\.image_id is 'x', a whole number is expected",
+        ),
+        ("msvd_qa", {"youtube_mapping.txt": "clip\n"}, r"youtube_mapping\.txt: the line 'clip'; a clip name and vidN"),
+        (
+            "msvd_qa",
+            {
+                "youtube_mapping.txt": "clip vid1\n",
+                "train_qa.json": [{"id": 0, "video_id": 1, "question": "?", "answer": None}],
+            },
+            r"train_qa\.json: entry\[0\]\.answer is None, a whole number or text is expected",
+        ),
+        (
+            "msvd_qa",
+            {
+                "youtube_mapping.txt": "clip vid1\n",
+                "train_qa.json": [{"id": 0, "video_id": 2, "question": "?", "answer": "a"}],
+            },
+            r"train_qa\.json: question 0 is about vid2, which youtube_mapping\.txt lacks",
+        ),
+        ("instructions", {"train.json": {}}, r"train\.json: no list of entries"),
+        (
+            "instructions",
+            {"train.json": [{"id": 1, "conversations": [HUMAN]}]},
+            r"train\.json: entry\[0\]\.conversations is .*, a list of 2 or more is expected",
+        ),
+        (
+            "mcub",
+            {
+                "MCUB-4.json": [
+                    {"id": 1, "modal_inputs": INPUTS | {"vision": "a.png"}, "conversations": [HUMAN, MACHINE]}
+                ]
+            },
+            r"MCUB-4\.json: entry\[0\]\.modal_inputs\.vision is 'a\.png', a list of 1 or more",
+        ),
+        (
+            "mcub",
+            {"MCUB-4.json": [{"id": 1, "modal_inputs": INPUTS | {"smell": []}, "conversations": [HUMAN, MACHINE]}]},
+            r"MCUB-4\.json: question 1 has inputs of unknown kinds \['smell'\]",
+        ),
+        (
+            "mcub",
+            {"MCUB-4.json": [{"id": 1, "modal_inputs": INPUTS, "conversations": [HUMAN]}], "MCUB-answer.json": []},
+            r"MCUB-4\.json: question 1 has no answer in MCUB-answer\.json",
+        ),
+    ],
 )
-def test_annotations_of_another_form_are_named(content: str, tmp_path: Path) -> None:
-    write(tmp_path / "annotations/captions_train2014.json", content)
-    with pytest.raises(DataError, match=r"an annotation is not of the form that graftlm\.data\.tasks\.coco reads"):
-        TASKS.get("coco")(tmp_path)
+def test_a_wrong_annotation_is_named_with_its_file_and_place(
+    name: str, files: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    for path, content in files.items():
+        write(tmp_path / path, content)
+    with pytest.raises(DataError, match=message):
+        TASKS.get(name)(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['["\\ud800"]', "[" * 100_000, "[" + "9" * 5000 + "]", "\0"])
+def test_what_is_no_text_and_no_json_is_named(text: str, tmp_path: Path) -> None:
+    write(tmp_path / "train.json", text)
+    with pytest.raises(DataError, match=r"train\.json: not JSON"):
+        TASKS.get("instructions")(tmp_path)
+
+
+def test_pairs_of_surrogates_are_text(tmp_path: Path) -> None:
+    turns = '[{"from": "human", "value": "\\ud83d\\ude00 ?"}, {"from": "gpt", "value": "yes"}]'
+    for split in ("train", "val", "test"):
+        write(tmp_path / f"{split}.json", f'[{{"id": 1, "conversations": {turns}}}]')
+    assert TASKS.get("instructions")(tmp_path).test[0].prompt == "\U0001f600 ?"
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "x" * 300, "ä" * 200])
+def test_a_name_that_no_file_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="which is no name of a file"):
+        inside(tmp_path, "images", name)
+
+
+def test_an_annotation_that_a_loader_did_not_expect_is_still_a_data_error(tmp_path: Path) -> None:
+    @data_set
+    def load(root: Path) -> Task:
+        raise OSError("File name too long")
+
+    with pytest.raises(DataError, match=r"an annotation is not of the form that .*test_tasks reads \(OSError"):
+        load(tmp_path)
+
+
+def test_a_file_is_decoded_once_for_all_who_share_what_is_known(tmp_path: Path) -> None:
+    coco(tmp_path)
+    (tmp_path / "val2014/COCO_val2014_000000000002.png").write_bytes(b"no picture")
+    found, known = TASKS.get("coco")(tmp_path), {}
+    whole = verify(found, skip_bad=True, known=known)
+    assert len(known) == 9 and [path.name for path, wrong in known.items() if wrong] == [
+        "COCO_val2014_000000000002.png"
+    ]
+    for path in known:
+        path.unlink()
+    assert verify(found, skip_bad=True, known=known) == whole
 
 
 def test_tables_need_no_torch() -> None:
     code = "import sys; from graftlm.data.tasks import TASKS; TASKS.table(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_stream_that_skips_bad_files_has_no_corrupt_one(tmp_path: Path) -> None:
-    root = build(WorldSpec("tiny", seed=1), tmp_path)
-    victim = miniworld(root).stages[1].tasks[0].train[3].media[0].source
-    victim.write_bytes(victim.read_bytes()[:50])
-    stage = miniworld(root, skip_bad=True).stages[1]
-    assert all(m.source != victim for s in stage.samples() for m in s.media)
-    assert "1 corrupt skipped" in stage.tasks[0].source

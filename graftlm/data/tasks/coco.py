@@ -9,7 +9,8 @@ Differs: nothing. Training uses the first caption of each image (``all_captions`
 
 from pathlib import Path
 
-from graftlm.data.tasks.reading import CAPTION_PROMPT, data_set, hold_out, inside, one, read_json, task
+from graftlm.data.tasks.entries import ID, read_entries
+from graftlm.data.tasks.reading import CAPTION_PROMPT, data_set, hold_out, inside, one, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
@@ -36,12 +37,12 @@ def load(
     """
 
     def samples(split: str) -> list[Sample]:
-        content = read_json(root / "annotations" / f"captions_{split}2014.json")
-        captions: dict[int, list[str]] = {}
-        for each in content["annotations"]:
+        path = root / "annotations" / f"captions_{split}2014.json"
+        captions: dict[int | str, list[str]] = {}
+        for each in read_entries(path, {"image_id": ID, "caption": str}, "annotations"):
             captions.setdefault(each["image_id"], []).append(each["caption"])
         found = []
-        for image in content["images"]:
+        for image in read_entries(path, {"id": ID, "file_name": str}, "images"):
             said = captions.get(image["id"], [])
             media = one("image", inside(root, f"{split}2014", image["file_name"]))
             if split != "train" and said:

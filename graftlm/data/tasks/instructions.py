@@ -6,7 +6,8 @@ Differs: of a conversation of several turns, only the first question and its ans
 
 from pathlib import Path
 
-from graftlm.data.tasks.reading import data_set, read_json, task
+from graftlm.data.tasks.entries import ID, TURN, read_entries
+from graftlm.data.tasks.reading import data_set, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
@@ -19,7 +20,7 @@ def load(root: Path, *, skip_bad: bool = False, limit: int | None = None, name: 
     def samples(split: str) -> list[Sample]:
         return [
             Sample(str(each["id"]), name, (), each["conversations"][0]["value"], (each["conversations"][1]["value"],))
-            for each in read_json(root / f"{split}.json")
+            for each in read_entries(root / f"{split}.json", {"id": ID, "conversations": [TURN, TURN]})
         ]
 
     splits = [samples(s) for s in ("train", "val", "test")]

@@ -11,8 +11,9 @@ import logging
 from pathlib import Path
 
 from graftlm.core.errors import DataError
+from graftlm.data.tasks.entries import ID, read_entries
 from graftlm.data.tasks.msvd import clip
-from graftlm.data.tasks.reading import data_set, one, read_json, read_lines, task
+from graftlm.data.tasks.reading import data_set, one, read_lines, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
@@ -36,17 +37,16 @@ def load(
         without_test_clips: leave out training questions about clips on which captions are tested.
         test_size: most test questions; 1,000 in MERA.
     """
-    clips = {
-        number: clip_name for clip_name, number in (line.split() for line in read_lines(root / "youtube_mapping.txt"))
-    }
+    clips = _clips(root / "youtube_mapping.txt")
 
     def samples(split: str) -> list[Sample]:
         found = []
-        for each in read_json(root / f"{split}_qa.json"):
+        path = root / f"{split}_qa.json"
+        for each in read_entries(path, {"id": ID, "video_id": ID, "question": str, "answer": ID}):
             number = f"vid{each['video_id']}"
             if number not in clips:
                 raise DataError(
-                    f"{name}: question {each['id']} is about {number}, which youtube_mapping.txt lacks. Restore it."
+                    f"{path}: question {each['id']} is about {number}, which youtube_mapping.txt lacks. Restore it."
                 )
             media = one("video", clip(root, clips[number]))
             found.append(Sample(str(each["id"]), name, media, each["question"], (str(each["answer"]),)))
@@ -70,6 +70,17 @@ def load(
         max_new_tokens=10,
         test_size=test_size,
     )
+
+
+def _clips(path: Path) -> dict[str, str]:
+    """Number of a clip to its name."""
+    clips = {}
+    for line in read_lines(path):
+        words = line.split()
+        if len(words) != 2:
+            raise DataError(f"{path}: the line {line[:80]!r}; a clip name and vidN are expected. Restore the file.")
+        clips[words[1]] = words[0]
+    return clips
 
 
 def _caption_tests(root: Path) -> set[Path]:

@@ -11,7 +11,8 @@ Differs: training uses the most frequent answer; ``distinct_answers`` makes one 
 from collections import Counter
 from pathlib import Path
 
-from graftlm.data.tasks.reading import data_set, hold_out, inside, one, read_json, task
+from graftlm.data.tasks.entries import ID, read_entries
+from graftlm.data.tasks.reading import data_set, hold_out, inside, one, task
 from graftlm.data.types import Sample, Task
 
 __all__ = ["load"]
@@ -38,14 +39,15 @@ def load(
     pictures = images or root.parent / "coco"
 
     def samples(split: str) -> list[Sample]:
+        path = root / f"mscoco_{split}2014_annotations.json"
         answers = {
             each["question_id"]: [answer["answer"] for answer in each["answers"]]
-            for each in read_json(root / f"mscoco_{split}2014_annotations.json")["annotations"]
+            for each in read_entries(path, {"question_id": ID, "answers": [{"answer": str}]}, "annotations")
         }
+        path = root / f"OpenEnded_mscoco_{split}2014_questions.json"
         found = []
-        for each in read_json(root / f"OpenEnded_mscoco_{split}2014_questions.json")["questions"]:
-            file = _picture(pictures, split, int(each["image_id"]))
-            media = one("image", file)
+        for each in read_entries(path, {"question_id": ID, "image_id": int, "question": str}, "questions"):
+            media = one("image", _picture(pictures, split, each["image_id"]))
             said = answers.get(each["question_id"], [])
             ranked = [answer for answer, _ in Counter(said).most_common()]
             targets = ranked if split == "train" and distinct_answers else ranked[:1]

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -38,6 +39,11 @@ log = logging.getLogger(__name__)
 
 Settings = ParamSpec("Settings")
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+LONGEST_NAME = 255
+"""Bytes in the name of a file: what file systems take."""
+
 
 def data_set(load: Callable[Settings, Task]) -> Callable[Settings, Task]:
     """Wraps a data set's ``load``: an annotation of another form than expected is a `DataError` that says where."""
@@ -46,7 +52,7 @@ def data_set(load: Callable[Settings, Task]) -> Callable[Settings, Task]:
     def named(*args: Settings.args, **kwargs: Settings.kwargs) -> Task:
         try:
             return load(*args, **kwargs)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OSError) as error:
             raise DataError(
                 f"{args[0] if args else kwargs.get('root')}: an annotation is not of the form that {load.__module__} reads "
                 f"({error!r}). Its documentation says which files and fields are expected; restore the annotation files."
@@ -69,10 +75,14 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: missing, or not JSON.
     """
+    text = _text(path)
     try:
-        return json.loads(_text(path))
+        content = json.loads(text)
+        if SURROGATE.search(text):  # half of a pair is no text: no tokenizer takes it
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}). Restore the annotation file.") from None
+    return content
 
 
 def read_lines(path: Path) -> list[str]:
@@ -108,9 +118,14 @@ def inside(root: Path, *parts: str) -> Path:
     """A file of the data set.
 
     Raises:
-        DataError: an annotation names a file outside of the data set's folder.
+        DataError: an annotation names a file outside of the data set's folder, or by no name that a file can have.
     """
     relative = PurePosixPath(*parts)
+    if any("\0" in part or len(part.encode()) > LONGEST_NAME for part in relative.parts):
+        raise DataError(
+            f"{root}: an annotation names {str(relative)[:80]!a}, which is no name of a file. A path of parts of at most "
+            f"{LONGEST_NAME} bytes is expected; restore the annotation files."
+        )
     if relative.is_absolute() or ".." in relative.parts:
         raise DataError(
             f"{root}: an annotation names '{relative}', outside of the data set. A path inside it is expected."
@@ -217,24 +232,23 @@ def _expect_test(name: str, root: Path | str, splits: Sequence[Sequence[Sample]]
         )
 
 
-def verify(found: Task, *, skip_bad: bool = False) -> Task:
+def verify(found: Task, *, skip_bad: bool = False, known: dict[Path, str] | None = None) -> Task:
     """Decode every media file once. `task` only looks whether files exist: decoding a large data set takes long.
+
+    Args:
+        known: what earlier calls found wrong with files ("" is nothing); those are not decoded again, new ones are added.
 
     Raises:
         DataError: files are corrupt (unless ``skip_bad``: then their samples are left out and counted).
     """
-    errors: dict[Path, str] = {}
-    good: set[Path] = set()
-    for item in (item for s in (*found.train, *found.val, *found.test) for item in s.media):
-        if item.source not in errors and item.source not in good and item.modality in READERS:
-            try:
-                READERS[item.modality](item.source)
-                good.add(item.source)
-            except DataError as error:
-                errors[item.source] = str(error)
+    known = {} if known is None else known
+    items = {item for s in (*found.train, *found.val, *found.test) for item in s.media if item.modality in READERS}
+    for item in sorted(items, key=lambda item: item.source):
+        if item.source not in known:
+            known[item.source] = _damage(item)
+    errors = {item.source: known[item.source] for item in items if known[item.source]}
     if errors and not skip_bad:
-        first = min(errors)
-        raise DataError(f"{found.name}: {len(errors)} media files are corrupt, first: {errors[first]}")
+        raise DataError(f"{found.name}: {len(errors)} media files are corrupt, first: {errors[min(errors)]}")
 
     def whole(samples: Sequence[Sample]) -> tuple[Sample, ...]:
         return tuple(s for s in samples if not any(item.source in errors for item in s.media))
@@ -247,6 +261,14 @@ def verify(found: Task, *, skip_bad: bool = False) -> Task:
     log.warning("%s: %d samples skipped because their media are corrupt", found.name, skipped)
     source = f"{found.source}, {skipped} corrupt skipped"
     return dataclasses.replace(found, train=splits[0], val=splits[1], test=splits[2], source=source)
+
+
+def _damage(item: Media) -> str:
+    try:
+        READERS[item.modality](item.source)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _text(path: Path) -> str:

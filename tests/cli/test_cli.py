@@ -193,7 +193,7 @@ def test_changed_settings_have_their_own_default_folder() -> None:
 
 
 def test_plan_counts_the_packaged_experiment(tmp_path: Path) -> None:
-    done = graftlm("plan", "mera-miniworld", "data.size=smoke", GRAFTLM_CACHE=str(tmp_path))
+    done = graftlm("plan", "mera-miniworld", "data.size=smoke", GRAFTLM_CACHE=str(tmp_path), COLUMNS="160")
     assert done.returncode == 0, done.stderr
     assert "the same as expert image" in done.stdout
     assert "realign" in done.stdout and "memory: about" in done.stdout

@@ -14,7 +14,7 @@ from graftlm.core.files import hash_file, hash_json, read_json, write_json
 from graftlm.experiment.store import RunStore
 
 if TYPE_CHECKING:
-    from graftlm.data.types import Sample, Task
+    from graftlm.data.types import Task
 
 __all__ = ["evaluate"]
 
@@ -59,7 +59,7 @@ def evaluate(
     target = out or Path("evals") / f"{folder.resolve().parent.name}-{hash_json(place)[:8]}"
     _claim(target, place)
     progress = listener(errors())
-    sizes = [len(_asked(task, split)) for task in chosen]
+    sizes = [len(task.measured(split)) for task in chosen]
     progress.start(float(sum(sizes if limit is None else (min(limit, size) for size in sizes))))
     done: dict[str, int] = {}
 
@@ -117,11 +117,7 @@ def _tasks(checkpoint: Path, data: Path | None) -> list["Task"]:
 
 def _answerable(tasks: Sequence["Task"], modalities: Sequence[str], split: str) -> list["Task"]:
     """The tasks whose modalities the model knows, with samples in the split."""
-    return [task for task in tasks if set(task.modalities) <= set(modalities) and _asked(task, split)]
-
-
-def _asked(task: "Task", split: str) -> Sequence["Sample"]:
-    return task.test if split == "test" else task.val
+    return [task for task in tasks if set(task.modalities) <= set(modalities) and task.measured(split)]
 
 
 def _choose(tasks: Sequence["Task"], names: str | None) -> list["Task"]:

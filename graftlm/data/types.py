@@ -89,6 +89,10 @@ class Task:
     max_new_tokens: int = 32
     source: str = ""
 
+    def measured(self, split: str) -> Sequence[Sample]:
+        """The samples of a split that models are measured on, "val" or "test"."""
+        return self.test if split == "test" else self.val
+
 
 @dataclass(frozen=True)
 class Stage:

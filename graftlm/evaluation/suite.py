@@ -49,7 +49,7 @@ def evaluate(
     """
     answers = {}
     for task in tasks:
-        samples = (task.test if split == "test" else task.val)[:limit]
+        samples = task.measured(split)[:limit]
         path = folder / "predictions" / f"{task.name}.jsonl"
         answers[task.name] = predict(model, task, samples, path, batch_size=batch_size, progress=progress)
     return _score(folder, answers, {task.name: task.metric for task in tasks})

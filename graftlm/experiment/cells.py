@@ -18,7 +18,7 @@ from graftlm.core.errors import RunError
 from graftlm.core.files import is_complete, locked
 from graftlm.data import streams
 from graftlm.data.miniworld.world import WorldSpec, build
-from graftlm.data.types import Sample, Stage, Stream, Task
+from graftlm.data.types import Stage, Stream, Task
 from graftlm.evaluation import suite
 from graftlm.evaluation.blind import blind
 from graftlm.experiment.progress import Progress
@@ -225,11 +225,11 @@ class Told:
 
 def answerable(spec: ExperimentSpec, stream: Stream, modalities: Sequence[str]) -> list[Task]:
     """Probes whose modalities the model has, with samples in the measured split."""
-    return [probe for probe in stream.probes if set(probe.modalities) <= set(modalities) and _measured(spec, probe)]
-
-
-def _measured(spec: ExperimentSpec, task: Task) -> Sequence[Sample]:
-    return task.test if spec.evaluate.split == "test" else task.val
+    return [
+        probe
+        for probe in stream.probes
+        if set(probe.modalities) <= set(modalities) and probe.measured(spec.evaluate.split)
+    ]
 
 
 def _learning_units(stage: Stage, schedule: Schedule) -> float:
@@ -237,7 +237,7 @@ def _learning_units(stage: Stage, schedule: Schedule) -> float:
 
 
 def _evaluation_units(tasks: Sequence[Task], spec: ExperimentSpec) -> float:
-    sizes = [len(_measured(spec, task)) for task in tasks]
+    sizes = [len(task.measured(spec.evaluate.split)) for task in tasks]
     limit = spec.evaluate.limit
     return EVALUATION_UNIT * sum(size if limit is None else min(limit, size) for size in sizes)
 

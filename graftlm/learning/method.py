@@ -6,7 +6,7 @@ pass from left to right; losses are summed, and two terms of one name are an err
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -120,9 +120,6 @@ class Method:
 
     def consolidate(self, ctx: Context) -> None:
         """Training is over: measure, fold, realign."""
-
-
-Term = Callable[[Batch, Output], Mapping[str, Tensor]]
 
 
 def resolve(parts: frozenset[str], stage: Stage) -> frozenset[str]:

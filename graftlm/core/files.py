@@ -29,6 +29,7 @@ __all__ = [
     "milestone",
     "read_json",
     "read_jsonl",
+    "sync",
     "write_json",
     "write_text",
 ]
@@ -51,7 +52,8 @@ def milestone(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,7 +75,7 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -156,15 +158,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         (temporary / MARKER).touch()
         for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         milestone("folder.written")
         if folder.exists() and not is_complete(folder):
             shutil.rmtree(folder)
         if not folder.exists():
             os.rename(temporary, folder)
             milestone("folder.renamed")
-            _sync(folder.parent)
+            sync(folder.parent)
         milestone("folder.done")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class Rule:
     factored: Callable[..., tuple[Tensor, Tensor, float]] | None = None
     paper: str = ""
 
-    def __call__(self, before: Tensor, after: Sequence[Tensor], **settings: float) -> Tensor:
+    def __call__(self, before: Tensor, after: Sequence[Tensor], **settings: Any) -> Tensor:
         """The dense form."""
         return self.dense(before, after, **settings)
 

@@ -1,0 +1,198 @@
+"""Where merged weights are written: safetensors files of known size, filled in any order, continued after a crash.
+
+A folder is built under the name ``.<name>.partial`` beside its final place. What is finished stands in its journal, and is
+on the disk before it does; the same job continues from there, another job starts again.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlm.core.errors import MergeError, RunError
+from graftlm.core.files import MARKER, append_jsonl, locked, milestone, read_jsonl, sync, write_json
+
+__all__ = ["Planned", "Shards", "WorkFolder", "work_folder"]
+
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
+"""Bytes per number of what is written."""
+
+SHARD_BYTES = 5 * 10**9
+"""The most bytes of one file, unless one tensor is larger."""
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: dtype as in safetensors ("BF16")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its numbers."""
+        size = ITEM_BYTES[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+class Shards:
+    """Safetensors files, laid out in advance.
+
+    Args:
+        folder: where the files go.
+        tensors: what they hold, in this order.
+        name: file name of one, given its number from 1 and how many there are.
+        limit: the most bytes of one file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Sequence[Planned],
+        name: Callable[[int, int], str],
+        *,
+        limit: int = SHARD_BYTES,
+    ) -> None:
+        groups: list[list[Planned]] = [[]]
+        for tensor in tensors:
+            if groups[-1] and sum(each.bytes for each in groups[-1]) + tensor.bytes > limit:
+                groups.append([])
+            groups[-1].append(tensor)
+        self.files = [folder / name(number, len(groups)) for number in range(1, len(groups) + 1)]
+        self.bytes = sum(tensor.bytes for tensor in tensors)
+        self.weight_map: dict[str, str] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._open: list[int] = []
+        self._layouts = []
+        for index, (file, group) in enumerate(zip(self.files, groups, strict=True)):
+            header, size = _header(group)
+            start = len(header)
+            for tensor in group:
+                self.weight_map[tensor.name] = file.name
+                self._places[tensor.name] = (index, start)
+                start += tensor.bytes
+            self._layouts.append((header, size))
+
+    def open(self) -> None:
+        """Make the files, or go on with those that are there; their space is taken at once.
+
+        Raises:
+            RunError: there is no space for them.
+        """
+        for file, (header, size) in zip(self.files, self._layouts, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            self._open.append(descriptor)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+            except OSError as error:
+                free = shutil.disk_usage(file.parent).free
+                raise RunError(
+                    f"{file}: no space for {size:,} bytes ({error.strerror}; {free:,} are free). Make space and run the same "
+                    f"command again: what was finished is kept."
+                ) from None
+            os.pwrite(descriptor, header, 0)
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Write bytes of a tensor from ``start`` within it."""
+        index, offset = self._places[name]
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._open[index], data[done:], offset + start + done)
+
+    def sync(self) -> None:
+        """What was written is on the disk."""
+        for descriptor in self._open:
+            os.fdatasync(descriptor)
+
+    def close(self) -> None:
+        """Give the files back."""
+        for descriptor in self._open:
+            os.close(descriptor)
+        self._open = []
+
+
+def _header(tensors: Sequence[Planned]) -> tuple[bytes, int]:
+    """The head of a safetensors file, and the size of the file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.bytes],
+        }
+        end += tensor.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+
+
+class WorkFolder:
+    """A folder under construction, with a journal of what is finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._journal = path / JOURNAL
+
+    def entries(self) -> list[Mapping[str, Any]]:
+        """The journal."""
+        return read_jsonl(self._journal)
+
+    def note(self, **values: Any) -> None:
+        """Add a line; it is on the disk when this returns."""
+        append_jsonl(self._journal, values)
+        milestone("merge.noted")
+
+    def write_index(self, shards: Shards) -> None:
+        """The index that Hugging Face expects beside several files."""
+        if len(shards.files) > 1:
+            index = {"metadata": {"total_size": shards.bytes}, "weight_map": shards.weight_map}
+            write_json(shards.files[0].parent / "model.safetensors.index.json", index)
+
+
+@contextlib.contextmanager
+def work_folder(out: Path, job: str) -> Iterator[WorkFolder]:
+    """Build a folder; it appears under its name when the block ends without an error.
+
+    Args:
+        out: the folder to make.
+        job: digest of everything that decides its content: what another job left half-done is deleted.
+
+    Raises:
+        MergeError: ``out`` holds something.
+        RunError: another process builds it.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MergeError(f"{out}: holds something; a new folder is expected. Name another --out, or delete this one.")
+    path = out.with_name(f".{out.name}.partial")
+    with locked(
+        out.with_name(f".{out.name}.lock"), busy=f"{out}: another process builds this folder. Wait for it, or stop it."
+    ):
+        work = WorkFolder(path)
+        entries = work.entries() if path.is_dir() else []
+        if not entries or entries[0].get("job") != job:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+            work.note(job=job)
+        yield work
+        (path / JOURNAL).unlink()
+        (path / MARKER).touch()
+        for file in sorted(path.rglob("*")):
+            sync(file)
+        sync(path)
+        milestone("merge.written")
+        if out.is_dir():
+            out.rmdir()
+        os.rename(path, out)
+        sync(out.parent)
+    out.with_name(f".{out.name}.lock").unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.text import Text
 
-from graftlm.cli import build_base, evaluate, listing, planning, report, run, versions
+from graftlm.cli import build_base, compose, evaluate, listing, planning, report, run, versions
 from graftlm.cli.terminal import errors
 from graftlm.core.errors import GraftError
 
@@ -20,7 +20,7 @@ DEBUG = "GRAFTLM_DEBUG"
 
 app = typer.Typer(
     name="graftlm",
-    help="Grow a multimodal LLM one modality at a time without forgetting.",
+    help="Grow a multimodal LLM one modality at a time without forgetting, or compose finished ones without training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("plan")(planning.plan)
 app.command("eval")(evaluate.evaluate)
+app.command("compose")(compose.compose)
 app.command("report")(report.report)
 app.command("list")(listing.listing)
 app.command("build-base")(build_base.build_base)

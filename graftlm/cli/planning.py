@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from graftlm.cli.run import Experiment, Overrides
-from graftlm.cli.terminal import output
+from graftlm.cli.terminal import human_bytes, human_count, output
 from graftlm.experiment.spec import load
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _add(table: Table, stage: "StagePlan") -> None:
         )
         return
     for index, phase in enumerate(stage.phases):
-        numbers = (f"{phase.samples:,}", f"{phase.steps:,}", _count(phase.tokens), _bytes(phase.memory_bytes))
+        numbers = (f"{phase.samples:,}", f"{phase.steps:,}", human_count(phase.tokens), human_bytes(phase.memory_bytes))
         first = (what, f"{stage.number} {stage.stage}") if index == 0 else ("", "")
         table.add_row(*first, phase.phase, _trains(phase), *numbers)
 
@@ -73,34 +73,20 @@ def _trains(phase: "PhasePlan") -> str:
     """Connectors together, then the LLM, each with its number of parameters."""
     connectors = {part.removeprefix("connectors."): n for part, n in phase.trained.items() if part != "llm"}
     groups = {", ".join(connectors): sum(connectors.values()), "llm": phase.trained.get("llm", 0)}
-    return "; ".join(f"{name} {_count(n)}" for name, n in groups.items() if n)
+    return "; ".join(f"{name} {human_count(n)}" for name, n in groups.items() if n)
 
 
 def _notes(made: "Plan") -> list[str]:
     sizes = made.sizes
     connectors = ", ".join(
-        f"{name} {_count(n)} ({sizes.tokens[name]} tokens per item)" for name, n in sizes.connectors.items()
+        f"{name} {human_count(n)} ({sizes.tokens[name]} tokens per item)" for name, n in sizes.connectors.items()
     )
     return [
-        f"LLM: {_count(sizes.llm)} parameters; {'LoRA' if sizes.lora else 'full tuning'} moves {_count(sizes.plastic)}",
-        f"encoders, frozen: {', '.join(f'{name} {_count(n)}' for name, n in sizes.encoders.items())}",
+        f"LLM: {human_count(sizes.llm)} parameters; {'LoRA' if sizes.lora else 'full tuning'} moves {human_count(sizes.plastic)}",
+        f"encoders, frozen: {', '.join(f'{name} {human_count(n)}' for name, n in sizes.encoders.items())}",
         f"connectors: {connectors}",
-        f"in all: {made.steps:,} optimiser steps, {_count(made.tokens)} tokens; what is the same is trained once",
-        f"memory: about {_bytes(made.memory_bytes)} at most per process; disk: about {_bytes(made.disk_bytes)}",
+        f"in all: {made.steps:,} optimiser steps, {human_count(made.tokens)} tokens; what is the same is trained once",
+        f"memory: about {human_bytes(made.memory_bytes)} at most per process; disk: about {human_bytes(made.disk_bytes)}",
         f"estimated: {made.formula}",
         *dict.fromkeys(note for stage in made.stages for note in stage.notes),
     ]
-
-
-def _count(number: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number:.0f}"
-
-
-def _bytes(number: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number / 2**10:.0f} KiB"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from graftlm.experiment.progress import Progress
 
-__all__ = ["Lines", "Screen", "listener"]
+__all__ = ["Lines", "Screen", "Steps", "listener"]
 
 FORGET_SECONDS = 60.0
 """A cell that was silent for so long has no line any more."""
@@ -28,6 +28,42 @@ SPEED_SECONDS = 300.0
 def listener(console: Console) -> Progress:
     """What suits this console."""
     return Screen(console) if console.is_terminal else Lines(console)
+
+
+class Steps:
+    """One step of work after another, each with a total of its own: "counting", "merging" ...
+
+    A bar on a terminal; elsewhere a line now and then, none for what is over at once.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._screen: Screen | None = None
+        self._what = ""
+        self._done = 0
+        self._last = time.monotonic()
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """So much of a step is done."""
+        if not self._console.is_terminal:
+            if time.monotonic() - self._last >= LINE_SECONDS / 3:
+                self._last = time.monotonic()
+                self._console.print(f"{what}: {done / max(total, 1):.0%}", markup=False)
+            return
+        if what != self._what or self._screen is None:
+            self.close()
+            self._what, self._done, self._screen = what, 0, Screen(self._console)
+            self._screen.start(float(total))
+            self._screen.cell(what, "")
+        self._screen.cell(what, f"{done / max(total, 1):.0%}")
+        self._screen.advance(float(done - self._done))
+        self._done = done
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._screen is not None:
+            self._screen.done()
+        self._screen = None
 
 
 class Screen:

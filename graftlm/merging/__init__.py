@@ -9,6 +9,13 @@ RULES = Registry(
     {
         "keep_new": "graftlm.merging.rules:keep_new",
         "average": "graftlm.merging.rules:average",
+        "arithmetic": "graftlm.merging.rules:arithmetic",
+        "ties": "graftlm.merging.rules:ties",
+        "dare": "graftlm.merging.rules:dare",
+        "consensus": "graftlm.merging.rules:consensus",
+        "model_mix": "graftlm.merging.rules:model_mix",
+        "sac": "graftlm.merging.rules:sac",
+        "ewf": "graftlm.merging.rules:ewf",
     },
     "graftlm.rules",
 )

@@ -13,12 +13,9 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 __all__ = [
-    "AVERAGE",
     "BINS",
     "COMBINE",
-    "MAX",
-    "MEAN",
-    "SUM",
+    "NOT_FINITE",
     "THIN",
     "average",
     "equal",
@@ -41,8 +38,7 @@ NOT_FINITE = 0x7F800000
 THIN = {"none": 0, "trim": 1, "drop": 2}
 """How task vectors are thinned."""
 
-AVERAGE, SUM, MEAN, TOTAL, MAX = range(5)
-COMBINE = {"average": AVERAGE, "arithmetic": SUM, "mean": MEAN, "sum": TOTAL, "max": MAX}
+COMBINE = {"average": 0, "arithmetic": 1, "mean": 2, "sum": 3, "max": 4}
 """How thinned task vectors become one: mean or sum of all; of those that agree with the elected sign, mean, sum or max."""
 
 

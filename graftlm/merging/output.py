@@ -51,7 +51,7 @@ class Shards:
         folder: where the files go.
         tensors: what they hold, in this order.
         name: file name of one, given its number from 1 and how many there are.
-        limit: the most bytes of one file.
+        limit: the most bytes of one file; `SHARD_BYTES` by default.
     """
 
     def __init__(
@@ -60,8 +60,9 @@ class Shards:
         tensors: Sequence[Planned],
         name: Callable[[int, int], str],
         *,
-        limit: int = SHARD_BYTES,
+        limit: int | None = None,
     ) -> None:
+        limit = limit or SHARD_BYTES
         groups: list[list[Planned]] = [[]]
         for tensor in tensors:
             if groups[-1] and sum(each.bytes for each in groups[-1]) + tensor.bytes > limit:

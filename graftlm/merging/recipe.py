@@ -1,6 +1,7 @@
 """What to merge, and how: a recipe as plain data that travels with what was made of it."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +49,12 @@ def _dare(drop: float = 0.9, seed: int = 0, then: str = "average", **settings: A
     if not 0 <= _number("drop", drop) < 1:
         raise MergeError(f"drop: {drop} is no share to drop; from 0 and below 1 is expected (DARE's p).")
     make = _AFTER_DROP[_one_of("then", then, tuple(_AFTER_DROP))]
+    density = settings.pop("density", 1.0) if then == "ties" else 1.0
+    if _number("density", density) < 1 - drop:
+        raise MergeError(
+            f"density: {density} trims what dropping {drop} leaves; at least {1 - drop:g} is expected, which trims nothing. "
+            f"Drop more instead."
+        )
     combine, scale = make(**_known(f"dare, then {then}", make, settings))
     return Combination(thin="drop", combine=combine, scale=scale, drop=drop, seed=seed)
 
@@ -91,6 +98,20 @@ def _signs() -> Combination:
     return Combination(keep="signs")
 
 
+def _model_mix(alpha: float = 0.5) -> Combination:
+    return _average(alpha)
+
+
+def _ewf(new: float = 1.0, old: float = 1.0) -> Combination:
+    if _number("new", new) <= 0 or _number("old", old) < 0:
+        raise MergeError(f"ewf: {new} new and {old} old; at least one new and no negative number are expected.")
+    return Combination(scale=math.sqrt(new / (new + old)))
+
+
+def _keep_new() -> Combination:
+    return Combination()
+
+
 COMPOSERS: Mapping[str, Callable[..., Combination]] = {
     "average": _average,
     "arithmetic": _arithmetic,
@@ -98,8 +119,14 @@ COMPOSERS: Mapping[str, Callable[..., Combination]] = {
     "dare": _dare,
     "mmer": _mmer,
     "signs": _signs,
+    "model_mix": _model_mix,
+    "ewf": _ewf,
+    "keep_new": _keep_new,
 }
 """Rules that the engine runs as fused kernels; those of `merging.RULES` beside them go tensor by tensor."""
+
+ONE = frozenset({"ewf", "keep_new", "model_mix", "sac"})
+"""Rules of one model and its base."""
 
 PER_MODEL = {"average": ("weight",), "mmer": ("significance",)}
 """Settings that each model may have of its own."""
@@ -138,6 +165,10 @@ class Recipe:
             raise MergeError(f"dtype: '{self.dtype}'; {did_you_mean(self.dtype, DTYPES)}")
         if not self.models:
             raise MergeError("models: none; name at least one, for example `image=FOLDER`.")
+        if self.rule in ONE and len(self.models) != 1:
+            raise MergeError(
+                f"{self.rule}: {len(self.models)} models; exactly 1 is expected, which its base is weighed with."
+            )
         for name in self.models:
             if not name or set(name) & set("/:,= \t\n"):
                 raise MergeError(f"models: '{name}' cannot be a name; letters, digits, - and _ are expected.")

@@ -178,6 +178,8 @@ def _dare(
     known = inspect.signature(THEN[then]).parameters.keys() - {"taus"}
     for name in settings.keys() - known:
         raise MergeError(f"dare: no setting '{name}' of '{then}'; {did_you_mean(name, known)}")
+    if then == "ties":
+        settings = {"density": 1.0} | settings  # dropping takes the place of trimming
     names = [str(i) for i in range(len(after))] if names is None else list(names)
     if len(names) != len(after) or len(set(names)) < len(names):
         raise MergeError(f"dare: names {names} for {len(after)} models; a name of its own for each is expected.")
@@ -191,7 +193,8 @@ def _dare(
 dare = Rule("dare", _dare, None, "Yu et al., Language Models are Super Mario, ICML 2024, arXiv:2311.03099, §3.1")
 """Drop a random share of every task vector, rescale the rest by 1/(1-p), and merge.
 
-``drop`` is p; ``then`` is "average", "arithmetic" or "ties", and takes its settings from here too. The coins of a model
+``drop`` is p; ``then`` is "average", "arithmetic" or "ties", and takes its settings from here too; TIES does not trim
+unless a density is given, which changes something only below 1-p. The coins of a model
 depend on ``seed``, on its name in ``names`` and on the name ``tensor``, not on the order of the models; without
 names the models are called "0", "1", … .
 

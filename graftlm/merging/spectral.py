@@ -23,7 +23,17 @@ from torch import Tensor
 
 from graftlm.core.errors import MergeError, did_you_mean
 
-__all__ = ["WINDOWS", "Report", "Spectrum", "check_alpha", "consolidate", "decompose", "rank", "spectrum"]
+__all__ = [
+    "WINDOWS",
+    "Report",
+    "Spectrum",
+    "check_alpha",
+    "consolidate",
+    "decompose",
+    "rank",
+    "right_factor",
+    "spectrum",
+]
 
 WINDOWS = ("alg1", "eq6", "mean")
 """The readings of the window: Algorithm 1, Eq. 6 literally, and a moving average of k terms."""
@@ -173,6 +183,22 @@ def _by_svd(matrix: Tensor, alpha: float, window: str) -> tuple[Tensor, Report]:
     part = Spectrum(u[:, :r], sigma[:r], v[:r])
     _, g = spectrum(part.sigma, alpha, window)
     return (part.u * g.to(part.u.device)) @ part.v, part.report(alpha, window)
+
+
+def right_factor(gram: Tensor, rows: int, alpha: float = 0.2, window: str = "mean") -> Tensor:
+    """What an update must be multiplied with, from the right, to be consolidated: V diag(g/σ) Vᵀ.
+
+    Args:
+        gram: ΔᵀΔ, float64.
+        rows: of Δ.
+    """
+    squares, vectors = torch.linalg.eigh(gram)
+    sigma = squares.flip(0).clamp(min=0).sqrt()
+    r = rank(sigma, rows, gram.shape[0])
+    sigma, v = sigma[:r], vectors.flip(1)[:, :r]
+    _, g = spectrum(sigma, alpha, window)
+    factor: Tensor = (v * (g.to(sigma.device) / sigma)) @ v.T
+    return factor
 
 
 def _by_gram(matrix: Tensor, alpha: float, window: str) -> tuple[Tensor, Report]:

@@ -141,7 +141,8 @@ class Tally:
 
     def totals(self) -> NDArray[np.int64]:
         """(models, BINS)."""
-        return self._flushed + self._bins.sum(1, dtype=np.int64)
+        totals: NDArray[np.int64] = self._flushed + self._bins.sum(1, dtype=np.int64)
+        return totals
 
 
 class Merge:
@@ -156,7 +157,7 @@ class Merge:
         shards: where it goes; keys are tensor names, or with masks and signs those names and ``.shared``, ``.masks`` …
         seeds: hash key of a model's and tensor's random numbers, for dropping.
         threads: workers.
-        chunk: numbers per chunk, about.
+        chunk: numbers per chunk, about; `CHUNK` by default.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class Merge:
         *,
         seeds: Callable[[str, str], int] = lambda model, tensor: 0,
         threads: int | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
     ) -> None:
         self._base = base
         self._models = dict(models)
@@ -180,12 +181,11 @@ class Merge:
         self._shards = shards
         self._seeds = seeds
         self._threads = threads or default_threads()
-        self._chunk = chunk
+        self._chunk = chunk or CHUNK
         self._shapes = [base.shape(name) or (1,) for name in self._names]
         self._sizes = [int(np.prod(shape)) for shape in self._shapes]
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)
-        self._limits: list[Limit] = [Limit(0)] * len(models)
-        self._tensor_limits: dict[int, list[Limit]] = {}
+        self._limits = [[Limit(0)] * len(models)]
         self._zero = 0
         self._moments: dict[int, NDArray[np.float64]] = {}
         self._free: deque[Buffers] = deque()
@@ -207,15 +207,16 @@ class Merge:
         done, kept = 0, [0] * len(self._models)
         for entry in work.entries():
             if "limits" in entry:
-                self._limits = [Limit(bits, cut) for bits, cut in entry["limits"]]
-            if "zero" in entry:
+                self._limits = [[Limit(bits, cut) for bits, cut in limits] for limits in entry["limits"]]
                 self._zero = entry["zero"]
             if "tensors" in entry:
                 done, kept = entry["tensors"], entry["kept"]
-        if self._how.scans and not self._how.per_tensor and not any("limits" in entry for entry in work.entries()):
-            self._limits = self._find_limits(progress)
+        if self._how.scans and not any("limits" in entry for entry in work.entries()):
+            every = range(len(self._names))
+            groups = [[tensor] for tensor in every] if self._how.per_tensor else [list(every)]
+            self._limits = [self._find_limits(group, progress) for group in groups]
             self._zero = self._majority(progress) if self._how.compat_reference else 0
-            work.note(limits=[[limit.bits, limit.cut] for limit in self._limits], zero=self._zero)
+            work.note(limits=[[[x.bits, x.cut] for x in limits] for limits in self._limits], zero=self._zero)
         kept = self._walk(work, done, kept, progress)
         return {"": [count / max(self.numel, 1) for count in kept]} if self._how.keep == "masks" else {}
 
@@ -313,7 +314,7 @@ class Merge:
             limit = int(np.floor(self._how.drop * 2**24 + 0.5))
             yield slice(0, chunk.size), np.full(len(self._models), limit, np.uint32)
             return
-        limits = self._tensor_limits.get(chunk.tensor, self._limits)
+        limits = self._limits[chunk.tensor if len(self._limits) > 1 else 0]
         cuts = {limit.cut - chunk.first for limit in limits if limit.cut is not None}
         edges = [0, *sorted(cut for cut in cuts if 0 < cut < chunk.size), chunk.size]
         for start, stop in itertools.pairwise(edges):
@@ -345,10 +346,10 @@ class Merge:
 
     # --- thresholds ---------------------------------------------------------------------------------------------------
 
-    def _find_limits(self, progress: Progress) -> list[Limit]:
-        """The exact threshold of every model over all tensors, and where its quota of equal magnitudes ends."""
-        ranks = [_rank(self._how, self.numel)] * len(self._models)
-        chunks = list(self._chunks(range(len(self._names))))
+    def _find_limits(self, tensors: Sequence[int], progress: Progress) -> list[Limit]:
+        """The exact threshold of every model over these tensors, and where its quota of equal magnitudes ends."""
+        ranks = [_rank(self._how, sum(self._sizes[tensor] for tensor in tensors))] * len(self._models)
+        chunks = list(self._chunks(tensors))
         guesses = self._guess(chunks)
         counts, fine = self._count(chunks, guesses, progress, "counting")
         found: list[tuple[int, int] | None] = []
@@ -397,7 +398,8 @@ class Merge:
             progress(what, done, total)
         for room in self._free:
             room.tally = None
-        bins, fines = sum(tally.totals() for tally in tallies), sum(tally.fine for tally in tallies)
+        bins = np.sum([tally.totals() for tally in tallies], axis=0)
+        fines = np.sum([tally.fine for tally in tallies], axis=0)
         for i in range(count):
             if first[i] == 0:
                 fines[i, 0] = bins[i, 0] - fines[i, 1 : 1 << 16].sum()
@@ -417,7 +419,7 @@ class Merge:
                 base, models = self._read(chunk, Buffers(), only=model)
                 return chunk.first + int(kernels.nth_equal(base, models[0], np.uint32(bits), left)) + 1
             left -= count
-        return self.numel
+        return chunks[-1].first + chunks[-1].size
 
     def _majority(self, progress: Progress) -> int:
         """The sign that most summed entries have: what the released TIES code gives to those that sum to 0."""

@@ -1,0 +1,485 @@
+"""Compose finished models without training: a recipe in, a folder out.
+
+Checkpoints of graftlm become one checkpoint with all their encoders and connectors; Hugging Face folders and PEFT adapters
+become a Hugging Face folder. A rule that merges writes an LLM; MMER and signs write what leaves every original
+recoverable, beside the base by name and hash. Everything that can be refused is refused before weights are read.
+
+Paper:   Chen et al., Model Composition for Multimodal Large Language Models (NaiveMC), ACL 2024, arXiv:2402.12750, §3.1;
+    MMER, ACL 2025, arXiv:2505.17110, §3.2.1.
+Differs: effective weights are merged, whatever they are stored as; NaiveMC's released code averages LoRA factors apart.
+"""
+
+import functools
+import os
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from graftlm.core.cache import hash_unchanged
+from graftlm.core.errors import CheckpointError, MergeError
+from graftlm.core.files import hash_file, hash_json, write_json, write_text
+from graftlm.merging import checks, headers
+from graftlm.merging.card import card
+from graftlm.merging.checks import Grown, Model
+from graftlm.merging.headers import Adapter, TensorInfo, Weights
+from graftlm.merging.output import Planned, Shards, WorkFolder, work_folder
+from graftlm.merging.recipe import COMPOSERS, DTYPES, Recipe, combination
+from graftlm.merging.sources import Factors, FileSource, FileState, Source, Update, UpdatedSource
+from graftlm.merging.stream import Merge, Progress
+from graftlm.merging.tensorwise import TensorMerge
+from graftlm.merging.vectors import key
+
+__all__ = ["Inputs", "compose", "open_inputs", "outputs"]
+
+RECIPE = "recipe.json"
+"""File of a folder that says what it was made of."""
+
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""What stands beside weights: config, tokenizer, processors. No code."""
+
+FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, opened by its headers.
+
+    Attributes:
+        kind: "graftlm" makes a checkpoint of graftlm, "hf" a Hugging Face folder.
+        names: tensors to merge, in the order of the base's files; those that are only copied are in ``copied``.
+    """
+
+    recipe: Recipe
+    base: Weights
+    models: Mapping[str, Model]
+    kind: Literal["graftlm", "hf"]
+    names: Sequence[str]
+    copied: Sequence[str]
+
+    @property
+    def routed(self) -> bool:
+        """Whether models stay apart in the result."""
+        return self.recipe.rule in COMPOSERS and combination(self.recipe).keep != "merged"
+
+    @property
+    def numel(self) -> int:
+        """Numbers to merge, of one model."""
+        return sum(self.base.tensors[name].numel for name in self.names)
+
+    @functools.cached_property
+    def files(self) -> list[Path]:
+        """Every file of weights that is read."""
+        files = list(self.base.files)
+        for model in self.models.values():
+            match model:
+                case Weights():
+                    files += model.files
+                case Adapter():
+                    files += [model.folder / headers.ADAPTER]
+                case Grown():
+                    files += [model.folder / file for file in model.manifest["files"]]
+        return list(dict.fromkeys(files))
+
+    def dtype(self, name: str) -> str:
+        """Storage dtype of a merged tensor."""
+        return DTYPES[self.recipe.dtype] if self.recipe.dtype else self.base.tensors[name].dtype
+
+
+def open_inputs(recipe: Recipe, out: Path | None = None) -> Inputs:
+    """Read the headers of all models, and refuse what does not fit together.
+
+    Raises:
+        CheckpointError: a folder is damaged, unsafe, or holds no model.
+        MergeError: the models cannot be merged; every reason is named.
+    """
+    models = {name: checks.read_model(Path(folder)) for name, folder in recipe.models.items()}
+    base = headers.read_weights(_base(recipe, models))
+    for name, model in models.items():
+        if isinstance(model, Grown) and model.manifest.get("routing"):
+            raise MergeError(
+                f"{name} ({model.folder}): is composed of models that stay apart; originals are expected. Write them out "
+                f"first: `graftlm restore {model.folder} --route NAME --out FOLDER`."
+            )
+    grown = [isinstance(model, Grown) for model in models.values()]
+    if any(grown) and not all(grown):
+        raise MergeError(
+            f"{', '.join(name for name, is_grown in zip(models, grown, strict=True) if not is_grown)}: no checkpoint of "
+            f"graftlm, as the others are; one kind is expected. Merge LLMs with LLMs, or checkpoints with checkpoints."
+        )
+    floats = [name for name, info in base.tensors.items() if info.dtype in FLOATS]
+    copied = [name for name in base.tensors if name not in set(floats)]
+    inputs = Inputs(recipe, base, models, "graftlm" if all(grown) else "hf", floats, copied)
+    if inputs.routed:
+        inputs = Inputs(recipe, base, models, inputs.kind, _changed(inputs), copied)
+    if recipe.rule not in COMPOSERS:
+        _try(recipe)
+    findings = checks.compare(base, models, out=out, needed=needed_bytes(inputs), least=_least(recipe))
+    checks.require(findings)
+    return inputs
+
+
+def _least(recipe: Recipe) -> int:
+    """Models that a rule needs: one may be weighed against its base."""
+    return 2 if recipe.rule in ("average", "ties", "mmer", "consensus") and not recipe.settings.get("weight") else 1
+
+
+def _try(recipe: Recipe) -> None:
+    """Ask a rule of tensors for its opinion of the settings."""
+    import torch
+
+    from graftlm.merging import RULES
+
+    sample = torch.ones(2, 2)
+    try:
+        RULES.get(recipe.rule)(sample, [sample] * len(recipe.models), **recipe.settings)
+    except TypeError as error:
+        raise MergeError(f"settings: {error}. See `graftlm compose --help`.") from None
+
+
+def _base(recipe: Recipe, models: Mapping[str, Model]) -> Path:
+    """The folder of what the models were trained from."""
+    if recipe.base is not None:
+        from graftlm.model.base import base_folder
+
+        return base_folder(recipe.base)
+    first_name, first = next(iter(models.items()))
+    if isinstance(first, Grown) and first.llm is None:
+        from graftlm.model.base import base_folder
+
+        return base_folder(first.manifest["llm"]["source"])
+    if isinstance(first, Adapter) and Path(first.base).is_dir():
+        return Path(first.base)
+    if isinstance(first, Weights) and recipe.rule == "average" and not recipe.settings:
+        return first.folder  # a plain mean needs no base: it is only asked for names and shapes
+    raise MergeError(
+        f"base: not named, and {first_name} ({first.folder}) does not know it; the folder of what all models were trained "
+        f"from is expected. Name it: base: FOLDER in the recipe, or --base FOLDER."
+    )
+
+
+def _changed(inputs: Inputs) -> list[str]:
+    """Tensors that some model may have changed."""
+    with_ledgers = [m for m in inputs.models.values() if isinstance(m, Adapter) or (isinstance(m, Grown) and not m.llm)]
+    if len(with_ledgers) < len(inputs.models):
+        return list(inputs.names)
+    touched: set[str] = set()
+    for model in with_ledgers:
+        touched |= set(model.names if isinstance(model, Adapter) else _ledger(model))
+    return [name for name in inputs.names if name in touched]
+
+
+def sources(inputs: Inputs) -> tuple[Source, dict[str, Source]]:
+    """The base and the models, ready to be read."""
+    base = FileSource(inputs.base.folder, inputs.base.tensors)
+    return base, {name: _source(inputs.base, base, model) for name, model in inputs.models.items()}
+
+
+def _source(weights: Weights, base: FileSource, model: Model) -> Source:
+    match model:
+        case Weights():
+            names = headers.align(weights, model).names
+            return FileSource(model.folder, {name: model.tensors[there] for name, there in names.items()})
+        case Adapter():
+            updates: dict[str, list[tuple[str, Update]]] = {
+                name: [("put", info)] for name, info in model.replaced.items()
+            }
+            for name, (a, b, scale) in model.updates.items():
+                updates.setdefault(name, []).append(("add", Factors(a, b, scale, name in model.transposed)))
+            return UpdatedSource(base, updates, [FileSource(model.folder, model.tensors)])
+        case Grown():
+            if model.llm:
+                return _source(weights, base, headers.read_weights(model.llm))
+            files = [FileSource(model.folder, headers.read_header(model.folder / f)) for f in model.manifest["ledger"]]
+            return UpdatedSource(base, _ledger(model), files)
+
+
+def _ledger(model: Grown) -> dict[str, list[tuple[str, Update]]]:
+    """Parameter -> what its ledger does to it, in order."""
+    updates: dict[str, list[tuple[str, Update]]] = {}
+    for file in model.manifest["ledger"]:
+        tensors = headers.read_header(model.folder / file)
+        for stored, info in tensors.items():
+            name, _, kind = stored.rpartition(".")
+            if kind == "value":
+                updates.setdefault(name, []).append(("put", info))
+            elif kind == "delta":
+                updates.setdefault(name, []).append(("add", info))
+            elif kind == "B":
+                factors = Factors(tensors[f"{name}.A"], info, _scalar(tensors[f"{name}.scale"]))
+                updates.setdefault(name, []).append(("add", factors))
+    return updates
+
+
+def _scalar(info: TensorInfo) -> float:
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        (value,) = struct.unpack({"F64": "<d", "F32": "<f"}[info.dtype], file.read(info.bytes))
+    return float(value)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def outputs(inputs: Inputs) -> list[Planned]:
+    """The tensors of the result, in the order in which they are written."""
+    base = inputs.base.tensors
+    if not inputs.routed:
+        merged = set(inputs.names)
+        return [
+            Planned(name, inputs.dtype(name) if name in merged else info.dtype, info.shape)
+            for name, info in base.items()
+        ]
+    how = combination(inputs.recipe)
+    planned, count = [], len(inputs.models)
+    for name in inputs.names:
+        bits = -(-base[name].numel // 8)
+        shape = base[name].shape
+        if how.keep == "signs":
+            planned.append(Planned(f"{name}.signs", "U8", (count, bits)))
+            planned.append(Planned(f"{name}.scales", "F32", (count, shape[0] if len(shape) > 1 else 1)))
+            continue
+        planned.append(Planned(f"{name}.shared", inputs.dtype(name), shape))
+        planned.append(Planned(f"{name}.masks", "U8", (count, bits)))
+        if how.rescale:
+            planned.append(Planned(f"{name}.scales", "F32", (count,)))
+    return planned
+
+
+def needed_bytes(inputs: Inputs) -> int:
+    """Bytes that the result takes, about."""
+    return sum(tensor.bytes for tensor in outputs(inputs))
+
+
+def compose(
+    recipe: Recipe,
+    out: Path,
+    *,
+    threads: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Path:
+    """Merge models into a new folder; the same call goes on with what a killed one began.
+
+    Args:
+        out: the folder to make; it appears when it is complete.
+        threads: workers, by default one per core.
+        progress: told what happens, and how many bytes of how many are done.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        CheckpointError, MergeError: see `open_inputs`; or a weight is not finite, or an input changed meanwhile.
+        RunError: no space, or another process makes the same folder.
+    """
+    inputs = open_inputs(recipe, out)
+    states = {path: FileState.of(path) for path in inputs.files}
+    job = hash_json([recipe.digest, [[str(path.resolve()), vars(state)] for path, state in states.items()]])
+    with work_folder(out, job) as work, ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(lambda: {str(path): hash_unchanged(path) for path in inputs.files})
+        share = _merge(inputs, work, threads, progress)
+        progress("hashing", 0, 1)
+        hashes = hashing.result()
+        changed = [path for path, state in states.items() if not path.exists() or FileState.of(path) != state]
+        if changed:
+            raise MergeError(
+                f"{changed[0]}: changed while it was merged; inputs must stay as they are. Run the command again when it is "
+                f"complete: it starts from the beginning."
+            )
+        _finish(inputs, work, hashes, share)
+    return out
+
+
+def _merge(inputs: Inputs, work: WorkFolder, threads: int | None, progress: Progress) -> Mapping[str, Sequence[float]]:
+    """Write the tensors."""
+    recipe = inputs.recipe
+    base, models = sources(inputs)
+    shards = Shards(*_layout(inputs, work.path))
+    try:
+        shards.open()
+        _copy(inputs, shards)
+        dtypes = {name: inputs.dtype(name) for name in inputs.names}
+        if recipe.rule not in COMPOSERS:
+            TensorMerge(base, models, inputs.names, recipe.rule, recipe.settings, dtypes, shards).run(work, progress)
+            share: Mapping[str, Sequence[float]] = {}
+        else:
+            how = combination(recipe)
+            merge = Merge(
+                base,
+                models,
+                inputs.names,
+                how,
+                dtypes,
+                shards,
+                seeds=lambda model, tensor: key(how.seed, model, tensor),
+                threads=threads,
+            )
+            share = merge.run(work, progress)
+        if not inputs.routed:
+            work.write_index(shards)
+    finally:
+        shards.close()
+        for source in (base, *models.values()):
+            source.close()
+    return share
+
+
+def _layout(inputs: Inputs, folder: Path) -> tuple[Path, list[Planned], Any]:
+    if inputs.routed:
+        return folder / "routing", outputs(inputs), lambda number, count: f"{number:05}.safetensors"
+
+    def name(number: int, count: int) -> str:
+        return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+
+    return folder / "llm" if inputs.kind == "graftlm" else folder, outputs(inputs), name
+
+
+def _copy(inputs: Inputs, shards: Shards) -> None:
+    """Tensors that are no floating-point numbers are the base's."""
+    for name in () if inputs.routed else inputs.copied:
+        info = inputs.base.tensors[name]
+        with info.file.open("rb") as file:
+            file.seek(info.start)
+            shards.write(name, 0, memoryview(file.read(info.bytes)))
+
+
+def _finish(inputs: Inputs, work: WorkFolder, hashes: Mapping[str, str], share: Mapping[str, Sequence[float]]) -> None:
+    """Everything but the weights."""
+    record = {
+        "compose": inputs.recipe.to_dict(),
+        "inputs": {
+            name: {"path": str(model.folder), "sha256": _digest(files, hashes)}
+            for name, model, files in _described(inputs)
+        },
+    }
+    if share:
+        record["mask_share"] = dict(zip(inputs.models, share[""], strict=True))
+    if inputs.kind == "hf" and not inputs.routed:
+        _side_files(inputs.base.folder, work.path, inputs.recipe.dtype)
+        write_json(work.path / RECIPE, {**record, "files": dict(hashes)})
+    else:
+        _checkpoint(inputs, work.path, record, hashes)
+    write_text(work.path / "README.md", card(inputs.recipe, record["inputs"], inputs.base.folder.name))
+
+
+def _described(inputs: Inputs) -> list[tuple[str, Any, list[Path]]]:
+    described: list[tuple[str, Any, list[Path]]] = [("base", inputs.base, list(inputs.base.files))]
+    for name, model in inputs.models.items():
+        described.append((name, model, [path for path in inputs.files if path.is_relative_to(model.folder)]))
+    return described
+
+
+def _digest(files: Sequence[Path], hashes: Mapping[str, str]) -> str:
+    """One hash over the files of a model, as `model.manifest.hash_llm` makes it."""
+    return hash_json({path.name: hashes[str(path)] for path in sorted(files)})
+
+
+def _side_files(source: Path, target: Path, dtype: str | None) -> None:
+    """Config, tokenizer and the like."""
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in SIDE_FILES:
+        for path in source.glob(pattern):
+            if path.name not in (headers.INDEX, headers.MANIFEST, RECIPE):
+                shutil.copyfile(path, target / path.name)
+    if dtype is not None and (target / headers.CONFIG).is_file():
+        from graftlm.core.files import read_json
+
+        config = read_json(target / headers.CONFIG)
+        write_json(target / headers.CONFIG, {**config, "torch_dtype": dtype, "dtype": dtype})
+
+
+def _checkpoint(inputs: Inputs, folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    """The files and the manifest of a checkpoint of graftlm."""
+    from graftlm.model.manifest import FORMAT, MANIFEST, hash_llm
+
+    grown = {name: model for name, model in inputs.models.items() if isinstance(model, Grown)}
+    specs: dict[str, Any] = {}
+    encoders: dict[str, str] = {}
+    routes = []
+    for name, model in grown.items():
+        owned = model.modalities
+        routes.append({"name": name, "modality": owned[0] if len(owned) == 1 else name})
+        for spec in model.manifest["modalities"]:
+            if spec["name"] in specs:
+                continue  # checked before: both have the same connector
+            specs[spec["name"]] = spec
+            encoders[spec["name"]] = model.manifest["encoders"][spec["name"]]
+            for part in ("connectors", "encoders"):
+                file = f"{part}.{spec['name']}.safetensors"
+                if file in model.manifest["files"]:
+                    _link(model.folder / file, folder / file)
+    if not grown:
+        routes = [{"name": name, "modality": name} for name in inputs.models]
+    spec = next(iter(grown.values())).manifest["model"] if grown else _plain_spec(inputs)
+    source = spec["llm"]
+    if not inputs.routed:
+        _side_files(inputs.base.folder, folder / "llm", inputs.recipe.dtype)
+        source = "llm"
+    llm = folder / "llm" if not inputs.routed else inputs.base.folder
+    routing = None
+    if inputs.routed:
+        how = combination(inputs.recipe)
+        files = sorted(path.relative_to(folder).as_posix() for path in (folder / "routing").iterdir())
+        routing = {
+            "kind": "signs" if how.keep == "signs" else "mmer",
+            "routes": routes,
+            "files": files,
+            "settings": dict(inputs.recipe.settings),
+        }
+    described = {
+        "format": FORMAT,
+        "model": {**spec, "llm": source, "modalities": list(specs.values())},
+        "llm": {"source": source, "sha256": hash_llm(llm)},
+        "modalities": list(specs.values()),
+        "encoders": encoders,
+        "ledger": [],
+        "routing": routing,
+        "history": [record],
+        "files": {
+            path.relative_to(folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "journal.jsonl"
+        },
+    }
+    write_json(folder / MANIFEST, described)
+
+
+def _plain_spec(inputs: Inputs) -> dict[str, Any]:
+    """Of LLMs without modalities."""
+    dtype = next((inputs.base.tensors[name].dtype for name in inputs.names), "F32")
+    names = {stored: name for name, stored in DTYPES.items()}
+    return {
+        "llm": str(inputs.base.folder.resolve()),
+        "modalities": [],
+        "lora": None,
+        "dtype": "bfloat16" if names[dtype] == "bfloat16" else "float32",
+    }
+
+
+def _link(source: Path, target: Path) -> None:
+    """A copy; a hard link where the file system allows it."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """What a composed folder was made of.
+
+    Raises:
+        CheckpointError: it was not composed.
+    """
+    from graftlm.core.files import read_json
+
+    if (folder / RECIPE).is_file():
+        return Recipe.from_dict(read_json(folder / RECIPE)["compose"])
+    if (folder / headers.MANIFEST).is_file():
+        for step in reversed(read_json(folder / headers.MANIFEST)["history"]):
+            if "compose" in step:
+                return Recipe.from_dict(step["compose"])
+    raise CheckpointError(f"{folder}: not composed; a folder that `graftlm compose` made is expected.")

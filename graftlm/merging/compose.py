@@ -85,8 +85,10 @@ class Inputs:
         return list(dict.fromkeys(files))
 
     def dtype(self, name: str) -> str:
-        """Storage dtype of a merged tensor."""
-        return DTYPES[self.recipe.dtype] if self.recipe.dtype else self.base.tensors[name].dtype
+        """Storage dtype of a merged tensor: as asked for, else the models' working dtype, else the base's."""
+        working = [m.manifest["model"]["dtype"] for m in self.models.values() if isinstance(m, Grown)]
+        asked = self.recipe.dtype or (working[0] if working else None)
+        return DTYPES[asked] if asked else self.base.tensors[name].dtype
 
 
 def open_inputs(recipe: Recipe, out: Path | None = None) -> Inputs:
@@ -416,7 +418,7 @@ def _checkpoint(inputs: Inputs, folder: Path, record: Mapping[str, Any], hashes:
     spec = next(iter(grown.values())).manifest["model"] if grown else _plain_spec(inputs)
     source = spec["llm"]
     if not inputs.routed:
-        _side_files(inputs.base.folder, folder / "llm", inputs.recipe.dtype)
+        _side_files(inputs.base.folder, folder / "llm", inputs.recipe.dtype or spec["dtype"])
         source = "llm"
     llm = folder / "llm" if not inputs.routed else inputs.base.folder
     routing = None

@@ -71,7 +71,8 @@ def convert(folder: Path, out: Path, *, progress: Callable[[str], None] = lambda
         MergeError: the output is no new folder, or there is no space.
     """
     files = _plan(folder)
-    require(place(out, {"the folder": folder}, sum((folder / file).stat().st_size for file in files)))
+    needed = sum(path.stat().st_size for path in folder.iterdir() if path.name in files or _is_copied(path))
+    require(place(out, {"the folder": folder}, needed))
     config = headers.read_object(folder / headers.CONFIG) if (folder / headers.CONFIG).is_file() else {}
     tied = config.get("tie_word_embeddings") is True
     with atomic_folder(out) as temporary:
@@ -141,9 +142,13 @@ def _check_shards(folder: Path, pickles: Iterable[str]) -> None:
 def _copy(folder: Path, target: Path, pickles: set[str]) -> None:
     """Everything that is neither a pickle nor code."""
     for path in sorted(folder.iterdir()):
-        wanted = path.suffix in COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and wanted and path.name not in {INDEX, *pickles}:
+        if _is_copied(path) and path.name not in pickles:
             shutil.copyfile(headers.inside(folder, path.name), target / path.name)
+
+
+def _is_copied(path: Path) -> bool:
+    wanted = path.suffix in COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
+    return wanted and path.name != INDEX and path.is_file()
 
 
 def _index(folder: Path, shards: Iterable[str]) -> dict[str, Any]:
@@ -211,7 +216,8 @@ def _follow(
             raise CheckpointError(answer["error"])
         milestone("convert.file")
         file, name = files[count]
-        progress(f"{file} -> {name}: {answer['tensors']} tensors ({count + 1}/{len(files)})")
+        tensors = f"{answer['tensors']} tensor{'' if answer['tensors'] == 1 else 's'}"
+        progress(f"{file} -> {name}: {tensors} ({count + 1}/{len(files)})")
 
 
 def _end(code: int, last: list[str]) -> str:

@@ -318,6 +318,8 @@ def align(base: Weights, model: Weights | Adapter) -> Alignment:
         ("", "llm."),
         ("", "model."),
         ("model.", ""),
+        ("", "transformer."),
+        ("transformer.", ""),
     ]
     found = [_renamed(base.tensors, there, *candidate) for candidate in candidates]
     best = max(range(len(candidates)), key=lambda index: (len(found[index]), -index))

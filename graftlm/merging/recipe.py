@@ -142,7 +142,8 @@ class Recipe:
         base: folder of what the models were trained from; a checkpoint of graftlm knows it.
         settings: of the rule.
         per_model: settings of single models.
-        dtype: storage dtype of merged weights ("bfloat16"); None is the base's, tensor by tensor.
+        dtype: storage dtype of merged weights ("bfloat16"); None is the working dtype of graftlm's checkpoints, and the base's
+            own otherwise, tensor by tensor.
 
     Raises:
         MergeError: a name, a setting or a value is wrong.

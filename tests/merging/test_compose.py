@@ -86,7 +86,7 @@ def test_a_peft_adapter_is_merged_as_what_it_does_to_its_base(tmp_path: Path) ->
     dense: list[dict[str, Tensor]] = []
     for i in range(2):
         torch.manual_seed(i)
-        llm = AutoModelForCausalLM.from_pretrained(base)
+        llm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         tuned = get_peft_model(llm, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:

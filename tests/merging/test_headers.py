@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from graftlm.core.errors import CheckpointError
-from graftlm.merging.headers import Adapter, TensorInfo, align, kind, read_adapter, read_header, read_weights
+from graftlm.merging.headers import Adapter, TensorInfo, align, aligned, kind, read_adapter, read_header, read_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # PEFT explains what it saves
@@ -539,6 +539,19 @@ def test_a_language_model_is_found_in_a_larger_one(
     found = align(weights, model)
     assert found.names == {name: rename(name) for name in weights.tensors}
     assert (found.missing, set(found.extra), found.prefix) == ((), set(more), prefix)
+
+
+def test_an_adapter_of_a_larger_model_in_the_names_of_the_base(base: Path, lora: Path) -> None:
+    expected = read_adapter(lora)
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("model.model.", "model.model.language_model.")] = tensors.pop(name)
+
+    resave(lora, rename)
+    found, weights = read_adapter(lora), read_weights(base)
+    assert not found.updates.keys() & weights.tensors.keys() and align(weights, found).extra == ()
+    assert aligned(weights, found).updates.keys() == expected.updates.keys()
 
 
 def test_constants_and_tied_heads_count_as_nothing(tmp_path: Path) -> None:

@@ -1,42 +1,58 @@
 """Merge speed and memory, side by side with mergekit, on synthetic checkpoints of about 1.1 billion parameters.
 
-    python benchmarks/merge.py make  DATA              # one base and four tunes in bfloat16, 2.2 GB each
-    python benchmarks/merge.py run   DATA [--peer BIN] # CPU seconds, wall seconds, memory; BIN is another environment's bin
-    python benchmarks/merge.py table                   # benchmarks/results/merge.md
+    python benchmarks/merge.py make DATA [half|dense] [LAYERS]   # a base and four tunes in bfloat16, 2.1 GB each
+    python benchmarks/merge.py run  DATA [--peer BIN] [--repeat N] [--only RULE,RULE]
+    python benchmarks/merge.py sizes DATA                        # memory and time from 0.1 B to 3 B parameters
+    python benchmarks/merge.py parity DATA --peer BIN            # bit-equality with mergekit's TIES where it is defined
+    python benchmarks/merge.py table                             # benchmarks/results/merge.md
 
 The checkpoints have the shape of TinyLlama-1.1B; a tune is the base plus N(0, 1e-3) on a random half of the weights
-("half"), or on all of them ("dense"). Everything is measured in fresh processes, warm page cache, by the kernel's own
-accounting: CPU seconds are user + system of the process and its children, memory is the largest anonymous size (RssAnon),
-sampled, and the peak of all resident pages.
+("half"), or on all of them ("dense"). Every run is a fresh process on files that lie in the page cache. CPU seconds are
+user + system of the process; memory is the largest anonymous size (RssAnon), sampled every 20 ms, and the largest resident
+size, mapped files included. BIN is the ``bin`` folder of an environment with mergekit: it is not one of graftlm's
+dependencies. DATA/half and DATA/dense must be there for ``run``.
 """
 
+import argparse
 import json
+import os
+import resource
+import shutil
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from graftlm.core.files import append_jsonl
 
 HIDDEN, LAYERS, MLP, KV, VOCABULARY = 2048, 22, 5632, 256, 32000
 MODELS = 5
 
 
-def shapes(layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
+def shapes(
+    layers: int = LAYERS, hidden: int = HIDDEN, mlp: int = MLP, kv: int = KV, vocabulary: int = VOCABULARY
+) -> dict[str, tuple[int, ...]]:
     """Name -> shape, in the order of the file."""
-    result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(layers):
         start = f"model.layers.{layer}."
         result |= {
-            f"{start}self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-            f"{start}self_attn.k_proj.weight": (KV, HIDDEN),
-            f"{start}self_attn.v_proj.weight": (KV, HIDDEN),
-            f"{start}self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            f"{start}mlp.gate_proj.weight": (MLP, HIDDEN),
-            f"{start}mlp.up_proj.weight": (MLP, HIDDEN),
-            f"{start}mlp.down_proj.weight": (HIDDEN, MLP),
-            f"{start}input_layernorm.weight": (HIDDEN,),
-            f"{start}post_attention_layernorm.weight": (HIDDEN,),
+            f"{start}self_attn.q_proj.weight": (hidden, hidden),
+            f"{start}self_attn.k_proj.weight": (kv, hidden),
+            f"{start}self_attn.v_proj.weight": (kv, hidden),
+            f"{start}self_attn.o_proj.weight": (hidden, hidden),
+            f"{start}mlp.gate_proj.weight": (mlp, hidden),
+            f"{start}mlp.up_proj.weight": (mlp, hidden),
+            f"{start}mlp.down_proj.weight": (hidden, mlp),
+            f"{start}input_layernorm.weight": (hidden,),
+            f"{start}post_attention_layernorm.weight": (hidden,),
         }
-    return result | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    return result | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
 def config(layers: int) -> dict[str, object]:
@@ -100,7 +116,219 @@ def make(data: Path, kind: str = "half", layers: int = LAYERS) -> None:
         file.close()
 
 
+@dataclass
+class Measured:
+    """One run of one command."""
+
+    name: str
+    wall: float
+    cpu: float
+    anonymous: float
+    resident: float
+
+    def line(self) -> str:
+        """As one row."""
+        return f"| {self.name} | {self.wall:.1f} | {self.cpu:.1f} | {self.anonymous / 1e9:.2f} | {self.resident / 1e9:.2f} |"
+
+
+def measure(name: str, command: Sequence[str], **environment: str) -> Measured:
+    """Run a command; its own children are counted too."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    anonymous = resident = 0
+    while process.poll() is None:
+        try:
+            text = Path(f"/proc/{process.pid}/status").read_text()
+            anonymous = max(anonymous, int(text.split("RssAnon:")[1].split()[0]) * 1024)
+            resident = max(resident, int(text.split("VmHWM:")[1].split()[0]) * 1024)
+        except (OSError, IndexError):
+            pass
+        time.sleep(0.02)
+    wall = time.perf_counter() - start
+    if process.returncode:
+        assert process.stderr is not None
+        sys.exit(f"{name}: {process.stderr.read().decode()[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(name, wall, cpu, anonymous, resident)
+
+
+FLOOR = """
+import os, sys
+buffer = bytearray(2 << 20)
+passes, out, *files = sys.argv[1:]
+for _ in range(int(passes)):
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        while os.readv(descriptor, [buffer]):
+            pass
+size = os.stat(files[0]).st_size
+descriptor = os.open(out, os.O_RDWR | os.O_CREAT)
+os.posix_fallocate(descriptor, 0, size)
+for start in range(0, size, len(buffer)):
+    os.pwrite(descriptor, buffer, start)
+os.fdatasync(descriptor)
+"""
+
+OURS = {
+    "linear": ["average"],
+    "task arithmetic": ["arithmetic", "scale=0.25"],
+    "TIES 0.8": ["ties", "density=0.8"],
+    "TIES 0.2": ["ties", "density=0.2"],
+    "DARE-TIES 0.8": ["dare", "then=ties", "drop=0.2"],
+    "MMER": ["mmer"],
+    "MMER, rescaled": ["mmer", "rescale=true"],
+    "signs": ["signs"],
+}
+PEER = {
+    "linear": ("linear", {"weight": 0.25}),
+    "task arithmetic": ("task_arithmetic", {"weight": 0.25}),
+    "TIES 0.8": ("ties", {"weight": 1.0, "density": 0.8}),
+    "DARE-TIES 0.8": ("dare_ties", {"weight": 1.0, "density": 0.8}),
+}
+
+
+def our_command(rule: str, data: Path, out: Path, threads: int) -> list[str]:
+    """Graftlm compose, without models that the page cache would have to give way for."""
+    models = [each for i in range(1, MODELS) for each in ("--model", f"t{i}={data / f't{i}'}")]
+    name, *settings = OURS[rule]
+    main = [sys.executable, "-m", "graftlm.cli.main", "compose", name]
+    return [*main, *settings, "--base", str(data / "base"), *models, "--out", str(out), "--threads", str(threads)]
+
+
+def peer_command(rule: str, data: Path, out: Path, peer: Path, dtype: str = "bfloat16") -> list[str]:
+    """mergekit-yaml with a configuration that means the same."""
+    method, parameters = PEER[rule]
+    tree: dict[str, object] = {
+        "merge_method": method,
+        "models": [{"model": str(data / f"t{i}"), "parameters": parameters} for i in range(1, MODELS)],
+        "dtype": dtype,
+    }
+    if method != "linear":
+        tree["base_model"] = str(data / "base")
+    if method == "ties":
+        tree["parameters"] = {"normalize": True}
+    config = out.with_suffix(".yaml")
+    config.write_text(json.dumps(tree))
+    options = ["--no-copy-tokenizer", "--no-write-model-card", "-j", "1"]
+    return [str(peer / "mergekit-yaml"), str(config), str(out), *options]
+
+
+def run(data: Path, peer: Path | None, repeat: int, only: Sequence[str]) -> None:
+    """Alternate ours, theirs and the floor; append every run to benchmarks/results/merge.jsonl."""
+    log = Path(__file__).parent / "results" / "merge.jsonl"
+    scratch = data / "scratch"
+    for kind in ("half", "dense"):
+        files = [
+            str(data / kind / name / "model.safetensors") for name in ("base", *(f"t{i}" for i in range(1, MODELS)))
+        ]
+        jobs: list[tuple[str, list[str]]] = [
+            (
+                f"floor, {passes} {'pass' if passes == 1 else 'passes'}",
+                [sys.executable, "-c", FLOOR, str(passes), str(scratch), *files],
+            )
+            for passes in (1, 2)
+        ]
+        for rule in OURS:
+            jobs += [
+                (f"graftlm {rule}, {n} thread{'s' * (n > 1)}", our_command(rule, data / kind, scratch, n))
+                for n in (1, 2)
+            ]
+        if peer is not None:
+            jobs += [(f"mergekit {rule}", peer_command(rule, data / kind, scratch, peer)) for rule in PEER]
+        jobs = [(name, command) for name, command in jobs if not only or any(each in name for each in only)]
+        for number in range(repeat):
+            for name, command in jobs:
+                subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)  # into the page cache
+                result = measure(name, command)
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.unlink(missing_ok=True)
+                print(kind, number, result.line(), flush=True)
+                append_jsonl(log, {"kind": kind, **vars(result)})
+
+
+def sizes(data: Path) -> None:
+    """TIES from 0.1 B to 3 B parameters."""
+    log = Path(__file__).parent / "results" / "merge.jsonl"
+    for layers in (1, 9, 22, 62):
+        folder = data / f"layers{layers}"
+        make(folder, "half", layers)
+        parameters = sum(int(np.prod(shape)) for shape in shapes(layers).values())
+        result = measure(f"{parameters / 1e9:.2f} B", our_command("TIES 0.8", folder, data / "scratch", 1))
+        shutil.rmtree(data / "scratch")
+        shutil.rmtree(folder)
+        print(result.line(), flush=True)
+        append_jsonl(log, {"kind": "sizes", "parameters": parameters, **vars(result)})
+
+
+def parity(data: Path, peer: Path) -> None:
+    """Float32 checkpoints whose task vectors have no equal magnitudes and sum exactly: TIES must be bit-equal."""
+    folder, rng = data / "parity", np.random.default_rng(0)
+    shutil.rmtree(folder, ignore_errors=True)
+    names = shapes(2, 40, 80, 10, 80)  # sizes of which every density here keeps a whole number
+    weights: dict[str, dict[str, np.ndarray]] = {"base": {n: np.zeros(s, np.float32) for n, s in names.items()}}
+    for i in range(1, MODELS):
+        weights[f"t{i}"] = {}
+        for name, shape in names.items():
+            size = int(np.prod(shape))
+            # 4^i modulo 256: no sum of some of the models' entries, whatever their signs, is 0
+            steps = (256 * rng.permutation(size) + 4 ** (i - 1)) * rng.choice([-1, 1], size)
+            weights[f"t{i}"][name] = (steps.astype(np.float32) / np.float32(1 << 20)).reshape(shape)
+    for model, tensors in weights.items():
+        (folder / model).mkdir(parents=True)
+        save_file(tensors, folder / model / "model.safetensors", metadata={"format": "pt"})
+        described = config(2) | {
+            "hidden_size": 40,
+            "intermediate_size": 80,
+            "vocab_size": 80,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "torch_dtype": "float32",
+        }
+        (folder / model / "config.json").write_text(json.dumps(described))
+    for density in (0.2, 0.5, 0.8):
+        PEER["TIES 0.8"][1]["density"] = density
+        command = our_command("TIES 0.8", folder, folder / "ours", 1)
+        subprocess.run(
+            [c.replace("density=0.8", f"density={density}") for c in command] + ["trim=tensor"],
+            check=True,
+            capture_output=True,
+        )
+        subprocess.run(
+            peer_command("TIES 0.8", folder, folder / "theirs", peer, "float32"), check=True, capture_output=True
+        )
+        ours = load_file(folder / "ours" / "model.safetensors")
+        theirs = load_file(next((folder / "theirs").glob("*.safetensors")))
+        equal = all(np.array_equal(ours[name], theirs[name]) for name in names)
+        print(f"density {density}: bit-equal {equal}")
+        append_jsonl(
+            Path(__file__).parent / "results" / "merge.jsonl", {"kind": "parity", "density": density, "equal": equal}
+        )
+        shutil.rmtree(folder / "ours")
+        shutil.rmtree(folder / "theirs")
+
+
 if __name__ == "__main__":
-    verb, data = sys.argv[1], Path(sys.argv[2])
-    if verb == "make":
-        make(data, *sys.argv[3:4])
+    parser = argparse.ArgumentParser(description="Merge speed and memory, see the top of this file.")
+    parser.add_argument("verb", choices=["make", "run", "sizes", "parity", "table"])
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("more", nargs="*")
+    parser.add_argument("--peer", type=Path)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[])
+    given = parser.parse_args()
+    match given.verb:
+        case "make":
+            make(given.data, *given.more[:1], *map(int, given.more[1:2]))
+        case "run":
+            run(given.data, given.peer, given.repeat, given.only)
+        case "sizes":
+            sizes(given.data)
+        case "parity":
+            parity(given.data, given.peer)

@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.text import Text
 
-from graftlm.cli import build_base, compose, evaluate, listing, planning, report, run, versions
+from graftlm.cli import build_base, compose, convert, doctor, evaluate, listing, planning, report, run, versions
 from graftlm.cli.terminal import errors
 from graftlm.core.errors import GraftError
 
@@ -30,6 +30,8 @@ app.command("run")(run.run)
 app.command("plan")(planning.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("compose")(compose.compose)
+app.command("doctor")(doctor.doctor)
+app.command("convert")(convert.convert)
 app.command("report")(report.report)
 app.command("list")(listing.listing)
 app.command("build-base")(build_base.build_base)

@@ -112,9 +112,14 @@ def open_inputs(recipe: Recipe, out: Path | None = None) -> Inputs:
             f"{', '.join(name for name, is_grown in zip(models, grown, strict=True) if not is_grown)}: no checkpoint of "
             f"graftlm, as the others are; one kind is expected. Merge LLMs with LLMs, or checkpoints with checkpoints."
         )
-    floats = [name for name, info in base.tensors.items() if info.dtype in FLOATS]
-    copied = [name for name in base.tensors if name not in set(floats)]
-    inputs = Inputs(recipe, base, models, "graftlm" if all(grown) else "hf", floats, copied)
+    models = {n: headers.aligned(base, m) if isinstance(m, Adapter) else m for n, m in models.items()}
+    shared = set(base.tensors)
+    for model in models.values():
+        if isinstance(model, Weights):
+            shared &= set(headers.align(base, model).names)  # constants and tied heads may be stored by some only
+    names = [name for name, info in base.tensors.items() if info.dtype in FLOATS and name in shared]
+    copied = [name for name in base.tensors if name not in set(names)]
+    inputs = Inputs(recipe, base, models, "graftlm" if all(grown) else "hf", names, copied)
     if inputs.routed:
         inputs = Inputs(recipe, base, models, inputs.kind, _changed(inputs), copied)
     if recipe.rule not in COMPOSERS:

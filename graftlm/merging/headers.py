@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, cast
 
@@ -22,6 +22,7 @@ __all__ = [
     "TensorInfo",
     "Weights",
     "align",
+    "aligned",
     "inside",
     "kind",
     "read_adapter",
@@ -339,6 +340,17 @@ def align(base: Weights, model: Weights | Adapter) -> Alignment:
             if name not in taken and not INERT.search(name) and not (skipped and name.endswith(HEAD))
         ),
         prefix,
+    )
+
+
+def aligned(base: Weights, adapter: Adapter) -> Adapter:
+    """The same adapter in the base's names: one made for a model around the base calls its weights otherwise."""
+    names = {there: here for here, there in align(base, adapter).names.items()}
+    return replace(
+        adapter,
+        updates={names.get(name, name): update for name, update in adapter.updates.items()},
+        replaced={names.get(name, name): info for name, info in adapter.replaced.items()},
+        transposed=frozenset(names.get(name, name) for name in adapter.transposed),
     )
 
 

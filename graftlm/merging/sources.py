@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from graftlm.core.errors import CheckpointError, MergeError
 from graftlm.merging.headers import TensorInfo
 
-__all__ = ["Factors", "FileSource", "FileState", "Raw", "Source", "Update", "UpdatedSource"]
+__all__ = ["Factors", "FileSource", "FileState", "LowRank", "Raw", "Source", "Update", "UpdatedSource"]
 
 Raw = NDArray[Any]
 """Weights as read: uint16 holds bfloat16, float32 is itself."""
+
+LowRank = tuple[NDArray[np.float32], NDArray[np.float32], float]
+"""A (R, in), B (out, R) and the scale of scale · B A."""
 
 KEPT_FACTORS = 8
 """Factors of low-rank updates that a source keeps in memory."""
@@ -216,6 +219,20 @@ class UpdatedSource(Source):
                 change = np.empty_like(out)
                 self._stored(update, rows, change)
                 out += change
+
+    def factors(self, name: str) -> list[LowRank] | None:
+        """The updates of a tensor that are all of low rank, as (A, B, scale) with scale · B A in the tensor's own orientation.
+
+        Returns:
+            None if something else changes the tensor; an empty list if nothing does.
+        """
+        found: list[LowRank] = []
+        for how, update in self._updates.get(name, ()):
+            if how != "add" or not isinstance(update, Factors):
+                return None
+            a, b = self._whole(update.a), self._whole(update.b)
+            found.append((b.T, a.T, update.scale) if update.transposed else (a, b, update.scale))
+        return found
 
     def ahead(self, name: str, rows: slice) -> None:
         """See `Source.ahead`."""

@@ -26,8 +26,8 @@ from graftlm.merging.sources import Raw, Source
 
 __all__ = ["CHUNK", "Combination", "Limit", "Merge", "Progress", "default_threads"]
 
-CHUNK = 1 << 20
-"""Numbers read, computed and written at once."""
+CHUNK = 1 << 18
+"""Numbers read, computed and written at once: with those of the models, about a second-level cache."""
 
 NOTED_BYTES = 1 << 30
 """Written bytes after which progress is noted; what a crash may cost."""

@@ -10,11 +10,11 @@ from torch import Tensor
 from graftlm.core.errors import MergeError
 from graftlm.merging import RULES, spectral
 from graftlm.merging.output import Shards, WorkFolder
-from graftlm.merging.sources import Source
+from graftlm.merging.sources import LowRank, Source, UpdatedSource
 from graftlm.merging.stream import Progress
 from graftlm.model.rule import Rule
 
-__all__ = ["RAM", "TensorMerge"]
+__all__ = ["RAM", "TensorMerge", "stacked"]
 
 RAM = 2_000_000_000
 """Bytes that a merge may take."""
@@ -70,6 +70,8 @@ class TensorMerge:
         progress("merging", sum(sizes), sum(sizes))
 
     def _merge(self, name: str) -> None:
+        if self._low_rank(name):
+            return
         shape = self._base.shape(name)
         rows = shape[0] if shape else 1
         piece = self._size(name) * (len(self._models) + 1 + COPIES)
@@ -78,13 +80,36 @@ class TensorMerge:
             for start in range(0, rows, step):
                 part = slice(start, min(start + step, rows))
                 before, after = self._read(name, part)
-                self._write(name, part, self._rule(before, after, **self._settings))
+                same = self._rule.name == "sac" and torch.equal(before, after[0])  # an update of 0 has no spectrum
+                self._write(name, part, before if same else self._rule(before, after, **self._settings))
             return
         if self._rule.name != "sac" or len(shape) < 2:
             raise MergeError(
                 f"{self._rule.name}: '{name}' of shape {shape} needs {piece:,} bytes of memory, and {self._ram:,} are allowed."
             )
         self._tall(name, rows)
+
+    def _low_rank(self, name: str) -> bool:
+        """Merge what a model with an adapter or a ledger adds to a tensor without ever forming it, if it is of low rank.
+
+        Returns:
+            Whether it was.
+        """
+        model = next(iter(self._models.values()))
+        if len(self._models) > 1 or self._rule.factored is None or not isinstance(model, UpdatedSource):
+            return False
+        updates = model.factors(name)
+        if updates is None:
+            return False
+        shape = self._base.shape(name)
+        rows = shape[0] if shape else 1
+        a, b, scale = self._rule.factored(*stacked(name, updates), **self._settings) if updates else (None, None, 0.0)
+        step = max(1, rows * self._ram // (self._size(name) * COPIES)) if shape else 1
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            before = self._tensor(self._base, name, part)
+            self._write(name, part, before if a is None or b is None else before.addmm_(b[part], a, alpha=scale))
+        return True
 
     def _tall(self, name: str, rows: int) -> None:
         """SAC in two walks over the rows of a tall matrix: its Gram matrix says what to multiply the update with."""
@@ -129,3 +154,23 @@ class TensorMerge:
 
     def _size(self, name: str) -> int:
         return 4 * int(np.prod(self._base.shape(name)))
+
+
+def stacked(name: str, updates: Sequence[LowRank]) -> tuple[Tensor, Tensor, float]:
+    """Several low-rank updates of a tensor as one: every A below the other, every scale · B beside it.
+
+    Args:
+        name: of the tensor, for errors.
+
+    Returns:
+        A (R, in), B (out, R) and the scale.
+
+    Raises:
+        MergeError: a factor is not finite.
+    """
+    pairs = [(torch.from_numpy(a), torch.from_numpy(b), scale) for a, b, scale in updates]
+    if not all(bool(torch.isfinite(factor).all()) for a, b, _ in pairs for factor in (a, b)):
+        raise MergeError(f"'{name}': factors of its update are not finite. `graftlm doctor --deep` finds them.")
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([a for a, _, _ in pairs]), torch.cat([scale * b for _, b, scale in pairs], dim=1), 1.0

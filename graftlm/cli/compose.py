@@ -1,9 +1,10 @@
 """``graftlm compose``: several finished models become one, without training."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from graftlm.cli.progress import Steps
@@ -11,7 +12,10 @@ from graftlm.cli.run import INTERRUPTED
 from graftlm.cli.terminal import errors, human_bytes, human_count, output
 from graftlm.core.errors import ConfigError
 
-__all__ = ["compose", "read_recipe", "show_forecast"]
+if TYPE_CHECKING:
+    from graftlm.merging.forecast import Forecast
+
+__all__ = ["compose", "is_recipe", "read_recipe", "show_forecast"]
 
 
 def compose(
@@ -59,7 +63,7 @@ def compose(
     checked = Recipe.from_dict(recipe)
     if out is None and not plan_only:
         raise ConfigError("--out: missing; the folder to make is expected.")
-    show_forecast(forecast(open_inputs(checked, out), threads))
+    show_forecast(forecast(open_inputs(checked, out), threads), errors())
     if plan_only or out is None:
         return
     steps = Steps(errors())
@@ -115,7 +119,21 @@ def read_recipe(
     return tree | ({"base": base} if base else {}) | ({"dtype": dtype} if dtype else {})
 
 
-def show_forecast(made: Any) -> None:
+def is_recipe(file: str) -> bool:
+    """Whether a file holds a recipe rather than an experiment."""
+    from graftlm.experiment.reading import parse
+
+    path = Path(file)
+    if not path.is_file():
+        return False
+    try:
+        tree = parse(path.read_text(encoding="utf-8"), file)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return isinstance(tree, dict) and "rule" in tree and "models" in tree
+
+
+def show_forecast(made: "Forecast", console: Console) -> None:
     """What a merge will take."""
     table = Table(title="plan", title_justify="left", show_header=False)
     rows = {
@@ -127,4 +145,4 @@ def show_forecast(made: Any) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    errors().print(table)
+    console.print(table)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from graftlm.cli.compose import is_recipe, read_recipe, show_forecast
 from graftlm.cli.run import Experiment, Overrides
 from graftlm.cli.terminal import human_bytes, human_count, output
 from graftlm.experiment.spec import load
@@ -21,13 +22,17 @@ def plan(
     settings: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what a run would train and need, without training.
+    """Say what a run would train and need, without training; of a recipe, what composing would read, write and take.
 
     \b
     Examples:
       graftlm plan mera-miniworld
       graftlm plan experiment.yaml model.lora.rank=128 --json
+      graftlm plan recipe.yaml density=0.5
     """  # noqa: D301  click reads the \b
+    if is_recipe(experiment):
+        _plan_recipe(experiment, settings or [], as_json)
+        return
     spec = load(experiment, settings or ())
     from graftlm.experiment.plan import plan as make_plan  # imports torch
 
@@ -39,6 +44,18 @@ def plan(
     console.print(_table(made))
     for line in _notes(made):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _plan_recipe(file: str, settings: list[str], as_json: bool) -> None:
+    from graftlm.merging.compose import open_inputs
+    from graftlm.merging.forecast import forecast
+    from graftlm.merging.recipe import Recipe
+
+    made = forecast(open_inputs(Recipe.from_dict(read_recipe(file, settings, [], None, None))))
+    if as_json:
+        typer.echo(json.dumps(made.to_dict(), indent=1))
+        return
+    show_forecast(made, output())
 
 
 def _table(made: "Plan") -> Table:
@@ -86,6 +103,7 @@ def _notes(made: "Plan") -> list[str]:
         f"encoders, frozen: {', '.join(f'{name} {human_count(n)}' for name, n in sizes.encoders.items())}",
         f"connectors: {connectors}",
         f"in all: {made.steps:,} optimiser steps, {human_count(made.tokens)} tokens; what is the same is trained once",
+        *(f"composed: {sentence}" for sentence in made.compositions),
         f"memory: about {human_bytes(made.memory_bytes)} at most per process; disk: about {human_bytes(made.disk_bytes)}",
         f"estimated: {made.formula}",
         *dict.fromkeys(note for stage in made.stages for note in stage.notes),

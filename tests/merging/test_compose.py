@@ -254,6 +254,9 @@ def test_the_command(folders: Folders, tmp_path: Path) -> None:
     again = command(str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "again"))
     assert again.returncode == 0, again.stderr
     assert torch.equal(flat(read(tmp_path / "again")), wanted)
+    main = [*CLI[:-1], "plan", str(tmp_path / "recipe.yaml"), "density=0.3", "--json"]
+    told = subprocess.run(main, capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout)["passes"] == 2
     planned = command(str(tmp_path / "recipe.yaml"), "--plan")
     assert planned.returncode == 0 and "2 times" in planned.stderr
 

@@ -41,6 +41,7 @@ def compose(
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the base's by default.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="One per core by default.")] = None,
+    ram: Annotated[float, typer.Option("--ram", min=0.1, help="Gigabytes of memory that it may take.")] = 2.0,
     plan_only: Annotated[bool, typer.Option("--plan", help="Only say what it would read, write and take.")] = False,
 ) -> None:
     """Compose finished models of one base into one; the same command continues a composition that was stopped.
@@ -68,7 +69,7 @@ def compose(
         return
     steps = Steps(errors())
     try:
-        run(checked, out, threads=threads, progress=steps.tell)
+        run(checked, out, threads=threads, ram=int(ram * 1e9), progress=steps.tell)
     except KeyboardInterrupt:
         errors().print("stopped; the same command continues.")
         raise typer.Exit(INTERRUPTED) from None

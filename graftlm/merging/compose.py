@@ -30,7 +30,7 @@ from graftlm.merging.output import Planned, Shards, WorkFolder, work_folder
 from graftlm.merging.recipe import COMPOSERS, DTYPES, Recipe, combination
 from graftlm.merging.sources import Factors, FileSource, FileState, Source, Update, UpdatedSource
 from graftlm.merging.stream import Merge, Progress
-from graftlm.merging.tensorwise import TensorMerge
+from graftlm.merging.tensorwise import RAM, TensorMerge
 from graftlm.merging.vectors import key
 
 __all__ = ["Inputs", "compose", "open_inputs", "outputs"]
@@ -266,6 +266,7 @@ def compose(
     out: Path,
     *,
     threads: int | None = None,
+    ram: int = RAM,
     progress: Progress = lambda what, done, total: None,
 ) -> Path:
     """Merge models into a new folder; the same call goes on with what a killed one began.
@@ -273,6 +274,7 @@ def compose(
     Args:
         out: the folder to make; it appears when it is complete.
         threads: workers, by default one per core.
+        ram: bytes of anonymous memory that the merge may take, about.
         progress: told what happens, and how many bytes of how many are done.
 
     Returns:
@@ -287,7 +289,7 @@ def compose(
     job = hash_json([recipe.digest, [[str(path.resolve()), vars(state)] for path, state in states.items()]])
     with work_folder(out, job) as work, ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(lambda: {str(path): hash_unchanged(path) for path in inputs.files})
-        share = _merge(inputs, work, threads, progress)
+        share = _merge(inputs, work, threads, ram, progress)
         progress("hashing", 0, 1)
         hashes = hashing.result()
         changed = [path for path, state in states.items() if not path.exists() or FileState.of(path) != state]
@@ -300,7 +302,9 @@ def compose(
     return out
 
 
-def _merge(inputs: Inputs, work: WorkFolder, threads: int | None, progress: Progress) -> Mapping[str, Sequence[float]]:
+def _merge(
+    inputs: Inputs, work: WorkFolder, threads: int | None, ram: int, progress: Progress
+) -> Mapping[str, Sequence[float]]:
     """Write the tensors."""
     recipe = inputs.recipe
     base, models = sources(inputs)
@@ -310,7 +314,8 @@ def _merge(inputs: Inputs, work: WorkFolder, threads: int | None, progress: Prog
         _copy(inputs, shards)
         dtypes = {name: inputs.dtype(name) for name in inputs.names}
         if recipe.rule not in COMPOSERS:
-            TensorMerge(base, models, inputs.names, recipe.rule, recipe.settings, dtypes, shards).run(work, progress)
+            rule, settings = recipe.rule, recipe.settings
+            TensorMerge(base, models, inputs.names, rule, settings, dtypes, shards, ram=ram).run(work, progress)
             share: Mapping[str, Sequence[float]] = {}
         else:
             how = combination(recipe)
@@ -323,6 +328,7 @@ def _merge(inputs: Inputs, work: WorkFolder, threads: int | None, progress: Prog
                 shards,
                 seeds=lambda model, tensor: key(how.seed, model, tensor),
                 threads=threads,
+                ram=ram,
             )
             share = merge.run(work, progress)
         if not inputs.routed:

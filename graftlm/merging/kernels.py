@@ -248,6 +248,17 @@ def _combine(taus, how, size, zero, total, count, merged):
         merged[j] = result if merged[j] != 0 else np.float32(0)
 
 
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz"})  # sums may be taken in vectors
+def _moments(numbers, model, merged, mask):
+    """One block: Σ m τ* τ and Σ m τ*², τ untrimmed."""
+    both, square = 0.0, 0.0
+    for j in range(merged.size):
+        shared = np.float64(merged[j] if mask[j] else np.float32(0))
+        both += shared * np.float64(_load(model[j]) - numbers[j])
+        square += shared * shared
+    return both, square
+
+
 @_compiled
 def merge(
     base,
@@ -319,12 +330,7 @@ def merge(
                 mask[j] = same & (merged[j] != 0) & (tau[j] != 0) & (abs(tau[j]) >= half * abs(merged[j]))
             if moments.shape[0] == 0:
                 continue
-            model, both, square = models[i, start : start + BLOCK], 0.0, 0.0
-            for j in range(size):
-                full = np.float64(_load(model[j]) - numbers[j])
-                shared = np.float64(merged[j])
-                both += shared * full if mask[j] else 0.0
-                square += shared * shared if mask[j] else 0.0
+            both, square = _moments(numbers, models[i, start : start + BLOCK], merged, mask)
             moments[i, 0] += both
             moments[i, 1] += square
     return bad

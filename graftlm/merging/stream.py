@@ -158,6 +158,7 @@ class Merge:
         seeds: hash key of a model's and tensor's random numbers, for dropping.
         threads: workers.
         chunk: numbers per chunk, about; `CHUNK` by default.
+        ram: bytes that buffers may take; chunks become smaller where that is little.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Merge:
         seeds: Callable[[str, str], int] = lambda model, tensor: 0,
         threads: int | None = None,
         chunk: int | None = None,
+        ram: int = 2 * 10**9,
     ) -> None:
         self._base = base
         self._models = dict(models)
@@ -181,7 +183,8 @@ class Merge:
         self._shards = shards
         self._seeds = seeds
         self._threads = threads or default_threads()
-        self._chunk = chunk or CHUNK
+        per_number = 4 * (len(models) + 2) + len(models)
+        self._chunk = chunk or min(CHUNK, max(1 << 14, ram // (2 * self._threads * per_number)))
         self._shapes = [base.shape(name) or (1,) for name in self._names]
         self._sizes = [int(np.prod(shape)) for shape in self._shapes]
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)
@@ -230,9 +233,9 @@ class Merge:
             self._moments[index] = np.zeros((len(self._models), 2))
         chunks = list(self._chunks(range(done, len(self._names))))
         last = {chunk.tensor: i for i, chunk in enumerate(chunks)}
-        for position, (chunk, counts) in enumerate(self._parallel(chunks, self._merge)):
-            for i, count in enumerate(counts):
-                kept[i] += count
+        for position, (chunk, (counts, moments)) in enumerate(self._parallel(chunks, self._merge)):
+            kept = [before + count for before, count in zip(kept, counts, strict=True)]
+            self._moments[chunk.tensor] += moments  # in the order of the chunks, so that no sum depends on threads
             if last[chunk.tensor] != position:
                 continue
             self._finish(chunk.tensor)
@@ -245,12 +248,14 @@ class Merge:
                 noted = written
         return kept
 
-    def _merge(self, chunk: Chunk, room: Buffers) -> list[int]:
-        """Merge and write one chunk; how many weights each mask keeps."""
+    def _merge(self, chunk: Chunk, room: Buffers) -> tuple[list[int], NDArray[np.float64]]:
+        """Merge and write one chunk; how many weights each mask keeps, and the moments of rescaling."""
         how, name = self._how, self._names[chunk.tensor]
         base, models = self._read(chunk, room)
+        nothing, moments = [0] * len(self._models), np.zeros((len(self._models), 2))
         if how.keep == "signs":
-            return self._signs(chunk, base, models, room)
+            self._signs(chunk, base, models)
+            return nothing, moments
         out = _part(room.out, self._out_form(name, base), chunk.size)
         masks = room.masks[:, : chunk.size] if how.keep == "masks" else EMPTY_MASKS
         if how.keep == "masks" and masks.shape[1] < chunk.size:
@@ -261,16 +266,16 @@ class Merge:
             bad = kernels.average(base, models, shares, np.float32(how.scale), out)
         else:
             bad = sum(
-                self._merge_part(chunk, base[part], models[:, part], out[part], masks[:, part], part, limits)
+                self._merge_part(chunk, base[part], models[:, part], out[part], masks[:, part], moments, part, limits)
                 for part, limits in self._parts(chunk)
             )
         if bad:
             self._blame(chunk, base, models)
         self._write(name, chunk, out)
         if how.keep != "masks":
-            return [0] * len(self._models)
+            return nothing, moments
         self._write_bits(f"{name}.masks", chunk, masks)
-        return [int(count) for count in masks.sum(1)]
+        return [int(np.count_nonzero(mask)) for mask in masks], moments
 
     def _merge_part(
         self,
@@ -279,6 +284,7 @@ class Merge:
         models: Raw,
         out: Raw,
         masks: NDArray[np.bool_],
+        moments: NDArray[np.float64],
         part: slice,
         limits: NDArray[np.uint32],
     ) -> int:
@@ -286,7 +292,6 @@ class Merge:
         count = len(self._models)
         keys = np.array([self._seeds(model, name) for model in self._models], np.uint64)
         halves = np.array(how.significance or [1.0] * count, np.float32) * np.float32(0.5)
-        moments = np.zeros((count, 2)) if how.rescale else EMPTY_MOMENTS
         bad: int = kernels.merge(
             base,
             models,
@@ -302,10 +307,8 @@ class Merge:
             how.congruence,
             halves,
             masks,
-            moments,
+            moments if how.rescale else EMPTY_MOMENTS,
         )
-        if how.rescale:
-            self._moments[chunk.tensor] += moments  # one thread at a time: under the interpreter's lock
         return bad
 
     def _parts(self, chunk: Chunk) -> Iterator[tuple[slice, NDArray[np.uint32]]]:
@@ -321,7 +324,7 @@ class Merge:
             least = [limit.bits + int(limit.cut is not None and chunk.first + start >= limit.cut) for limit in limits]
             yield slice(start, stop), np.array([max(bits, 1) for bits in least], np.uint32)
 
-    def _signs(self, chunk: Chunk, base: Raw, models: Raw, room: Buffers) -> list[int]:
+    def _signs(self, chunk: Chunk, base: Raw, models: Raw) -> None:
         name, rows = self._names[chunk.tensor], chunk.rows.stop - chunk.rows.start
         flat = len(self._shapes[chunk.tensor]) < 2
         rows = 1 if flat else rows
@@ -335,12 +338,11 @@ class Merge:
         for i, scale in enumerate(scales):
             start = (i * all_rows + (0 if flat else chunk.rows.start)) * 4
             self._shards.write(f"{name}.scales", start, np.ascontiguousarray(scale).data.cast("B"))
-        return [0] * len(self._models)
 
     def _finish(self, tensor: int) -> None:
         """All chunks of a tensor are merged: what needs all of it is written."""
         if self._how.rescale and self._how.keep == "masks":
-            both, square = self._moments.pop(tensor).T
+            both, square = self._moments[tensor].T
             scales = np.divide(both, square, out=np.zeros_like(both), where=square > 0).astype(np.float32)
             self._shards.write(f"{self._names[tensor]}.scales", 0, scales.data.cast("B"))
 

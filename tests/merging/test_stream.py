@@ -120,16 +120,11 @@ def test_rules_of_one_model(rule: str, settings: dict[str, Any], folders: Folder
         assert torch.equal(got[name], getattr(rules, rule)(before[name], [after[name]], **settings)), name
 
 
-def test_a_tall_matrix_is_consolidated_by_rows(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from graftlm.merging import tensorwise
-
+def test_a_tall_matrix_is_consolidated_by_rows(folders: Folders, tmp_path: Path) -> None:
     base, models = folders(torch.float32, 1)
-    whole = merged("sac", base, models, tmp_path / "whole", settings={"alpha": 0.3})
-    init = tensorwise.TensorMerge.__init__
-    monkeypatch.setattr(tensorwise.TensorMerge, "__init__", lambda self, *a, **k: init(self, *a, **k, ram=200_000))
-    rows = merged("sac", base, models, tmp_path / "rows", settings={"alpha": 0.3})
+    recipe = Recipe("sac", {"m": str(models[0])}, str(base), {"alpha": 0.3})
+    whole = read(compose(recipe, tmp_path / "whole"))
+    rows = read(compose(recipe, tmp_path / "rows", ram=200_000))
     name = "model.layers.1.mlp.up_proj.weight"
     assert not torch.equal(rows[name], read(models[0])[name])
     torch.testing.assert_close(rows[name], whole[name], rtol=1e-5, atol=1e-7)

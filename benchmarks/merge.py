@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from graftlm.core.files import append_jsonl
+from graftlm.core.files import append_jsonl, read_jsonl
 
 HIDDEN, LAYERS, MLP, KV, VOCABULARY = 2048, 22, 5632, 256, 32000
 MODELS = 5
@@ -222,7 +222,7 @@ def peer_command(rule: str, data: Path, out: Path, peer: Path, dtype: str = "bfl
 
 def run(data: Path, peer: Path | None, repeat: int, only: Sequence[str]) -> None:
     """Alternate ours, theirs and the floor; append every run to benchmarks/results/merge.jsonl."""
-    log = Path(__file__).parent / "results" / "merge.jsonl"
+    log = RESULTS / "merge.jsonl"
     scratch = data / "scratch"
     for kind in ("half", "dense"):
         files = [
@@ -255,7 +255,7 @@ def run(data: Path, peer: Path | None, repeat: int, only: Sequence[str]) -> None
 
 def sizes(data: Path) -> None:
     """TIES from 0.1 B to 3 B parameters."""
-    log = Path(__file__).parent / "results" / "merge.jsonl"
+    log = RESULTS / "merge.jsonl"
     for layers in (1, 9, 22, 62):
         folder = data / f"layers{layers}"
         make(folder, "half", layers)
@@ -307,11 +307,100 @@ def parity(data: Path, peer: Path) -> None:
         theirs = load_file(next((folder / "theirs").glob("*.safetensors")))
         equal = all(np.array_equal(ours[name], theirs[name]) for name in names)
         print(f"density {density}: bit-equal {equal}")
-        append_jsonl(
-            Path(__file__).parent / "results" / "merge.jsonl", {"kind": "parity", "density": density, "equal": equal}
-        )
+        append_jsonl(RESULTS / "merge.jsonl", {"kind": "parity", "density": density, "equal": equal})
         shutil.rmtree(folder / "ours")
         shutil.rmtree(folder / "theirs")
+
+
+def table() -> None:
+    """Medians of all runs, ratios within the same kind of data."""
+    entries = read_jsonl(RESULTS / "merge.jsonl")
+    runs: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for entry in entries:
+        if entry["kind"] in ("half", "dense"):
+            runs.setdefault((entry["kind"], entry["name"]), []).append(entry)
+
+    def median(kind: str, name: str, what: str) -> float | None:
+        values = [run[what] for run in runs.get((kind, name), [])]
+        return float(np.median(values)) if values else None
+
+    lines = [HEAD]
+    for kind, what in (("half", "half of every task vector is 0"), ("dense", "every weight moved")):
+        floors = {n: median(kind, f"floor, {n} {'pass' if n == 1 else 'passes'}", "cpu") for n in (1, 2)}
+        if floors[1] is None:
+            continue
+        lines += [f"## {kind}: {what}", "", TABLE]
+        for number in (1, 2):
+            name = f"floor, {number} {'pass' if number == 1 else 'passes'}"
+            lines.append(_row(name, *(median(kind, name, each) for each in WHAT), len(runs[kind, name]), "", ""))
+        for rule in OURS:
+            peer = median(kind, f"mergekit {rule}", "cpu")
+            passes = 2 if rule.startswith(("TIES", "MMER")) else 1
+            for threads in (1, 2):
+                name = f"graftlm {rule}, {threads} thread{'s' * (threads > 1)}"
+                if (kind, name) not in runs:
+                    continue
+                values = [median(kind, name, each) for each in WHAT]
+                cpu, floor = values[1], floors[passes]
+                assert cpu is not None and floor is not None
+                faster = f"{peer / cpu:.1f} x" if peer else ""
+                lines.append(_row(name, *values, len(runs[kind, name]), faster, f"{cpu / floor:.2f} x"))
+            name = f"mergekit {rule}"
+            if peer is not None:
+                lines.append(_row(name, *(median(kind, name, each) for each in WHAT), len(runs[kind, name]), "", ""))
+        lines.append("")
+    sizes = {entry["parameters"]: entry for entry in entries if entry["kind"] == "sizes"}
+    if sizes:
+        lines += [SIZES]
+        for parameters, entry in sorted(sizes.items()):
+            gigabytes = 2 * parameters * (2 * MODELS + 1) / 1e9
+            lines.append(
+                f"| {parameters / 1e9:.2f} B | {entry['wall']:.1f} | {entry['cpu']:.1f} | {entry['anonymous'] / 1e9:.2f} | "
+                f"{gigabytes:.1f} | {entry['cpu'] / gigabytes:.2f} |"
+            )
+        lines.append("")
+    parities = {entry["density"]: entry["equal"] for entry in entries if entry["kind"] == "parity"}
+    if parities:
+        shown = ", ".join(f"{density}: {'bit-equal' if equal else 'NOT equal'}" for density, equal in parities.items())
+        lines += ["## Parity", "", f"{PARITY} Density {shown}.", ""]
+    (RESULTS / "merge.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+WHAT = ("wall", "cpu", "anonymous", "resident")
+
+
+def _row(name: str, wall: float | None, cpu: float | None, anonymous: float | None, resident: float | None,
+         runs: int, faster: str, floor: str) -> str:  # fmt: skip
+    numbers = (wall or 0.0, cpu or 0.0, (anonymous or 0.0) / 1e9, (resident or 0.0) / 1e9)
+    shown = " | ".join(f"{number:.{digits}f}" for number, digits in zip(numbers, (1, 1, 2, 2), strict=True))
+    return f"| {name} | {shown} | {faster} | {floor} | {runs} |"
+
+
+RESULTS = Path(__file__).parent / "results"
+
+HEAD = """# Merging: time and memory
+
+Made by `python benchmarks/merge.py run DATA --peer BIN`, then `table`. One base and four tunes of 1.03 billion parameters in
+bfloat16 (TinyLlama's shape), 2.07 GB each, in the page cache; fresh processes, run in turns on one machine of two cores
+(AMD EPYC with AVX-512), medians. *CPU* is user + system seconds of the whole process: starting Python is in it, and so is
+making the folder complete; the hashes of inputs are not, they were known from an earlier run (SHA-256 of five inputs takes
+6 CPU seconds, once per file). *Anonymous* is the largest RssAnon. *Floor* reads the five files once or twice with `read` into
+one buffer, and writes a file of the result's size: what remains if all arithmetic were free. The peer is mergekit 0.1.5
+from an environment of its own, with one thread.
+"""
+
+TABLE = """| what | wall s | CPU s | anonymous GB | resident GB | less CPU than mergekit | of the floor | runs |
+|---|---|---|---|---|---|---|---|"""
+
+SIZES = """## From 0.1 to 3 billion parameters
+
+TIES at density 0.8, one thread. Bytes are those moved between page cache and process: five files read twice, one written.
+
+| parameters | wall s | CPU s | anonymous GB | GB moved | CPU s per GB |
+|---|---|---|---|---|---|"""
+
+PARITY = """Float32 checkpoints of a small Llama whose task vectors have no equal magnitudes and sums that float32 holds exactly,
+trimmed tensor by tensor as mergekit does: every weight compared with mergekit's TIES in float32."""
 
 
 if __name__ == "__main__":
@@ -332,3 +421,5 @@ if __name__ == "__main__":
             sizes(given.data)
         case "parity":
             parity(given.data, given.peer)
+        case "table":
+            table()

@@ -47,7 +47,8 @@ def compose(
     """Compose finished models of one base into one; the same command continues a composition that was stopped.
 
     Checkpoints of graftlm become one checkpoint with all their encoders and connectors; Hugging Face folders and PEFT
-    adapters become a Hugging Face folder. mmer and signs keep every original recoverable: 'graftlm restore'.
+    adapters become a Hugging Face folder. mmer and signs keep every original recoverable: 'graftlm restore'. damc composes
+    experts that the method damc trained.
 
     \b
     Examples:
@@ -59,12 +60,17 @@ def compose(
     from graftlm.merging.compose import compose as run
     from graftlm.merging.compose import open_inputs
     from graftlm.merging.forecast import forecast
-    from graftlm.merging.recipe import Recipe
+    from graftlm.merging.recipe import EXPERTS, Recipe
 
     checked = Recipe.from_dict(recipe)
     if out is None and not plan_only:
         raise ConfigError("--out: missing; the folder to make is expected.")
-    show_forecast(forecast(open_inputs(checked, out), threads), errors())
+    if checked.rule == EXPERTS:
+        from graftlm.merging.damc import open_experts
+
+        open_experts(checked, out)
+    else:
+        show_forecast(forecast(open_inputs(checked, out), threads), errors())
     if plan_only or out is None:
         return
     steps = Steps(errors())

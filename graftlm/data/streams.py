@@ -7,11 +7,12 @@ from typing import Literal, get_args
 
 from graftlm.core.errors import ConfigError, DataError, did_you_mean
 from graftlm.core.registry import Registry
-from graftlm.data.tasks import TASKS
+from graftlm.data.miniworld.combinations import COMBINATIONS
+from graftlm.data.tasks import TASKS, letters
 from graftlm.data.tasks.reading import verify
 from graftlm.data.types import Stage, Stream, Task
 
-__all__ = ["STREAMS", "mera", "miniworld"]
+__all__ = ["STREAMS", "experts", "mera", "miniworld"]
 
 Order = Literal["sequential", "reverse"]
 
@@ -22,6 +23,7 @@ STREAMS = Registry(
         "miniworld-reverse": "graftlm.data.streams:miniworld_reverse",
         "miniworld-long": "graftlm.data.streams:miniworld_long",
         "miniworld-long-reverse": "graftlm.data.streams:miniworld_long_reverse",
+        "miniworld-experts": "graftlm.data.streams:experts",
         "mera-sequential": "graftlm.data.streams:mera_sequential",
         "mera-reverse": "graftlm.data.streams:mera_reverse",
     },
@@ -52,6 +54,28 @@ def miniworld(root: Path, order: Order = "sequential", *, long: bool = False, sk
         stages += [_stage(root / "second", name, f"{name}2", "_2", known) for name in names]
     probes = (_load("mcub", root, known), _load("instructions", root, known))
     return Stream(f"miniworld-{'long-' if long else ''}{order}", tuple(stages), probes)
+
+
+def experts(root: Path, *, skip_bad: bool = False) -> Stream:
+    """The mini world for experts that are composed afterwards: a stage per modality, each to be learned alone.
+
+    Half of a stage's samples are lettered questions over its own modality (``choice_<modality>``): an expert that learns
+    captions and free answers only forgets how to answer with a letter, and could not be asked about combinations. Probes
+    are the nine combinations (``expansion_<combination>``), which nobody learns, and text-only instructions. What may come
+    later are the tasks of the second visits, each alone.
+    """
+    known: dict[Path, str] | None = {} if skip_bad else None
+    stages = tuple(
+        Stage(name, (*_stage(root, name, name, "", known).tasks, _letters(root, f"choice/{name}", known, root)))
+        for name in MERA
+    )
+    probes = tuple(_letters(root, f"expansion/{name}", known) for name in COMBINATIONS)
+    later = tuple(
+        Stage(task.name, (task,))
+        for name in MERA
+        for task in _stage(root / "second", name, f"{name}2", "_2", known).tasks
+    )
+    return Stream("miniworld-experts", stages, (*probes, _load("instructions", root, known)), later)
 
 
 def mera(root: Path, order: Order = "sequential", *, skip_bad: bool = False) -> Stream:
@@ -95,4 +119,11 @@ def _load(name: str, root: Path, known: dict[Path, str] | None, suffix: str = ""
     """
     folder, skip_bad = root / FOLDERS.get(name, name), known is not None
     task: Task = TASKS.get(name)(folder, skip_bad=skip_bad, name=f"{name}{suffix}")
+    return verify(task, skip_bad=True, known=known) if skip_bad else task
+
+
+def _letters(root: Path, place: str, known: dict[Path, str] | None, media: Path | None = None) -> Task:
+    """Lettered questions of the mini world, named after their folder."""
+    skip_bad = known is not None
+    task: Task = letters.load(root / place, skip_bad=skip_bad, name=place.replace("/", "_"), media=media)
     return verify(task, skip_bad=True, known=known) if skip_bad else task

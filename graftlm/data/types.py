@@ -113,11 +113,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stream:
-    """Stages in order of learning, and probes: tasks that are measured but never learned."""
+    """Stages in order of learning, and probes: tasks that are measured but never learned.
+
+    Attributes:
+        later: tasks that may come after the stages, one each, for models that were composed.
+    """
 
     name: str
     stages: tuple[Stage, ...]
     probes: tuple[Task, ...] = ()
+    later: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True)

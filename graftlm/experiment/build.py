@@ -21,13 +21,17 @@ from graftlm.model.connectors import CONNECTORS
 from graftlm.model.encoders import ENCODERS
 from graftlm.model.specs import ConnectorSpec, EncoderSpec, LoraSpec, ModalitySpec, ModelSpec
 
-__all__ = ["check", "model_spec", "schedule"]
+__all__ = ["changed", "check", "model_spec", "schedule"]
 
 
 def check(spec: ExperimentSpec) -> None:
     """See `ExperimentSpec.check`."""
     for name, entries in spec.mixes().items():
         check_adapters(shelf.build(entries, f"methods.{name}" if isinstance(spec.methods, dict) else "methods"))
+    if spec.composers is not None:
+        from graftlm.experiment import composing
+
+        composing.check(spec)
     _check_rates(spec.schedule())
     _check_modalities(spec.model)
     if spec.model.llm != "miniworld" and not Path(spec.model.llm).is_dir():
@@ -65,10 +69,15 @@ def schedule(choice: str | list[PhaseSettings] | ScheduleChanges) -> Schedule:
         if name not in known:
             raise ConfigError(f"phases.{name}: no phase of schedule '{choice.schedule}'; {did_you_mean(name, known)}")
 
-    def changed(phase: Phase) -> Phase:
-        return dataclasses.replace(phase, **_fields(changes[phase.name])) if phase.name in changes else phase
+    def each(phase: Phase) -> Phase:
+        return changed(phase, changes[phase.name]) if phase.name in changes else phase
 
-    return Schedule(tuple(changed(phase) for phase in plain.phases), changed(plain.realign))
+    return Schedule(tuple(each(phase) for phase in plain.phases), each(plain.realign))
+
+
+def changed(phase: Phase, settings: PhaseSettings) -> Phase:
+    """A phase with what the settings give."""
+    return dataclasses.replace(phase, **_fields(settings))
 
 
 def _fields(settings: PhaseSettings) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from graftlm.learning.method import Method
 from graftlm.learning.phase import Schedule
 from graftlm.methods import build as build_methods
 
-__all__ = ["Cell", "Worker", "answerable", "open_stream", "plan_cells", "units"]
+__all__ = ["EVALUATION_UNIT", "Cell", "Told", "Worker", "answerable", "open_stream", "plan_cells", "units"]
 
 EVALUATION_UNIT = 0.35
 """Cost of answering one test item, in units of one training sample (both measured on the mini world)."""
@@ -37,10 +37,15 @@ EVALUATION_UNIT = 0.35
 
 @dataclass(frozen=True)
 class Cell:
-    """One independent piece of a run: ("base", ""), ("expert", stage) or ("method", name)."""
+    """One piece of a run: ("base", ""), ("expert", stage), ("method", name), or a kind of `composing`.
+
+    Attributes:
+        rank: cells of one rank are independent; those of a higher one need all of the lower ones.
+    """
 
     kind: str
     name: str
+    rank: int = 0
 
 
 def open_stream(spec: ExperimentSpec) -> Stream:
@@ -52,10 +57,11 @@ def open_stream(spec: ExperimentSpec) -> Stream:
 
 def _world(spec: ExperimentSpec) -> Path:
     seed = spec.seed if spec.data.seed is None else spec.data.seed
-    stages: Literal[4, 8] = 8 if "long" in spec.stream else 4
+    experts = spec.stream == "miniworld-experts"
+    stages: Literal[4, 8] = 8 if experts or "long" in spec.stream else 4
     worlds = cache_folder() / "worlds"
     with locked(worlds / ".lock", wait=3600):
-        return build(WorldSpec(spec.data.size, seed, spec.data.conflict, stages), worlds).resolve()
+        return build(WorldSpec(spec.data.size, seed, spec.data.conflict, stages, expansion=experts), worlds).resolve()
 
 
 def plan_cells(spec: ExperimentSpec, stream: Stream) -> list[Cell]:
@@ -86,17 +92,21 @@ class Worker:
             GraftError: whatever else went wrong and can be named.
         """
         try:
-            if cell.kind == "base":
-                self._base(progress)
-            elif cell.kind == "expert":
-                self._expert(cell.name, progress)
-            else:
-                self._method(cell.name, progress)
+            self.finish(cell, progress)
         except (OSError, SafetensorError, sqlite3.Error) as error:
             raise RunError(
                 f"a file could not be read or written ({error}). Make space or correct the rights, and run the same "
                 f"command again: what was finished is kept."
             ) from error
+
+    def finish(self, cell: Cell, progress: Progress) -> None:
+        """What `do` does, without its care for the file system."""
+        if cell.kind == "base":
+            self._base(progress)
+        elif cell.kind == "expert":
+            self._expert(cell.name, progress)
+        else:
+            self._method(cell.name, progress)
 
     def _base(self, progress: Progress) -> None:
         folder = self.store.base()

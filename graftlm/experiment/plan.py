@@ -8,6 +8,7 @@ from graftlm import methods as shelf
 from graftlm.core.errors import ConfigError
 from graftlm.core.files import hash_json
 from graftlm.data.types import Batch, Output, Phase, Sample, Stage, Stream
+from graftlm.experiment import composing
 from graftlm.experiment.sizes import FORMULA, Sizes, TextLengths, count
 from graftlm.experiment.spec import ExperimentSpec
 from graftlm.learning.fit import FitLog, steps_of
@@ -62,13 +63,18 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it runs. Totals count what is shared once."""
+    """A run before it runs. Totals count what is shared once.
+
+    Attributes:
+        compositions: what is composed, a sentence each; nothing is trained for it.
+    """
 
     name: str
     stream: str
     sizes: Sizes
     stages: tuple[StagePlan, ...]
     features_bytes: int
+    compositions: tuple[str, ...] = ()
     formula: str = FORMULA
 
     @property
@@ -132,13 +138,18 @@ def plan_stream(spec: ExperimentSpec, stream: Stream) -> Plan:
     walker = _Walker(spec.schedule(), count(spec.model_spec()), TextLengths(spec.model.llm, stream), spec.seed)
     for stage in stream.stages:
         walker.walk("expert", [stage], [])
+    compositions: list[str] = []
+    if spec.composers is not None:
+        for chain in composing.chains(spec, stream):
+            walker.later(chain, composing.later_phase(spec))
+        compositions = composing.sentences(spec, stream)
     for name, entries in spec.mixes().items():
         walker.walk(name, stream.stages, shelf.build(entries, f"methods.{name}"))
     media = {
         media for stage in stream.stages for task in stage.tasks for s in (*task.train, *task.test) for media in s.media
     }
     features = 4 * sum(walker.sizes.features[item.modality] for item in media)
-    return Plan(spec.name, stream.name, walker.sizes, tuple(walker.stages), features)
+    return Plan(spec.name, stream.name, walker.sizes, tuple(walker.stages), features, tuple(compositions))
 
 
 class _ModelNeededError(Exception):
@@ -204,6 +215,14 @@ class _Walker:
             planned = self._stage(cell, stage, tuple(stages[:index]), methods, self._planned.get(key))
             self._planned.setdefault(key, f"{cell} {stage.name}")
             self.stages.append(planned)
+
+    def later(self, chain: Sequence[Stage], phase: Phase) -> None:
+        """Plan the last of new tasks that an expert's LLM learns one after another."""
+        plain, self.schedule = self.schedule, Schedule((phase,), self.schedule.realign)
+        try:
+            self.stages.append(self._stage("later", chain[-1], tuple(chain[:-1]), [], None))
+        finally:
+            self.schedule = plain
 
     def _stage(
         self, cell: str, stage: Stage, past: tuple[Stage, ...], methods: Sequence[Method], shared: str | None

@@ -13,8 +13,9 @@ from typing import Any
 from graftlm.core.files import read_json, write_json
 from graftlm.data.types import Stream, Task
 from graftlm.evaluation import gains
-from graftlm.experiment import workers
-from graftlm.experiment.cells import Worker, answerable, open_stream, plan_cells, units
+from graftlm.experiment import composing, workers
+from graftlm.experiment.cells import answerable, open_stream
+from graftlm.experiment.kinds import open_worker, plan_cells, units
 from graftlm.experiment.progress import Progress, Silent
 from graftlm.experiment.spec import ExperimentSpec
 from graftlm.experiment.stages import LearnedStage
@@ -49,7 +50,7 @@ def run(spec: ExperimentSpec, out: Path, *, progress: Progress | None = None) ->
         jobs = min(spec.job_count(), len(cells))
         try:
             if jobs == 1:
-                worker = Worker(spec, out)
+                worker = open_worker(spec, out)
                 for cell in cells:
                     worker.do(cell, progress)
             else:
@@ -72,6 +73,7 @@ def summarise(spec: ExperimentSpec, store: RunStore, stream: Stream) -> dict[str
         raw scores per stage, probes and costs.
     """
     experts = {stage.name: _values(store.expert(stage.name), stage.tasks) for stage in stream.stages}
+    composed = {} if spec.composers is None else composing.summarise(spec, store, stream, experts)
     methods: dict[str, Any] = {}
     for name, entries in spec.mixes().items():
         scores, probes, cost = [], [], []
@@ -103,6 +105,7 @@ def summarise(spec: ExperimentSpec, store: RunStore, stream: Stream) -> dict[str
         "blind": {stage.name: _values(store.blind(stage.name), stage.tasks) for stage in stream.stages},
         "base": _values(store.base(), answerable(spec, stream, [])),
         "methods": methods,
+        **composed,
     }
 
 

@@ -22,11 +22,15 @@ from graftlm.core.errors import did_you_mean
 from graftlm.experiment import tables
 
 __all__ = [
+    "ComposerSettings",
+    "Composers",
     "ConnectorSettings",
+    "CountSettings",
     "DataSettings",
     "EncoderSettings",
     "EvaluateSettings",
     "FolderName",
+    "ForgettingSettings",
     "Jobs",
     "LoraSettings",
     "Mixes",
@@ -37,19 +41,24 @@ __all__ = [
     "ScheduleChanges",
     "Settings",
     "StreamName",
+    "StudySettings",
+    "SweepSettings",
+    "TuningSettings",
+    "wrong",
 ]
 
 NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 """Names of experiments and methods: they become folders."""
 
 
-def _wrong(message: str, at: str = "") -> PydanticCustomError:
+def wrong(message: str, at: str = "") -> PydanticCustomError:
+    """What a validator raises: a sentence, and where inside the value it belongs."""
     return PydanticCustomError("setting", "{message}", {"message": message, "at": at})
 
 
 def _folder_name(name: str) -> str:
     if not NAME.fullmatch(name):
-        raise _wrong(f"'{name}' cannot be the name of a folder; letters, digits and _ . + - are expected.")
+        raise wrong(f"'{name}' cannot be the name of a folder; letters, digits and _ . + - are expected.")
     return name
 
 
@@ -59,7 +68,7 @@ def _known_in(section: str) -> AfterValidator:
     def check(name: str) -> str:
         table = tables.registry(section)
         if name not in table.table():
-            raise _wrong(f"no {table.noun} '{name}'; {did_you_mean(name, table.table())}")
+            raise wrong(f"no {table.noun} '{name}'; {did_you_mean(name, table.table())}")
         return name
 
     return AfterValidator(check)
@@ -76,7 +85,7 @@ class Settings(BaseModel):
         if isinstance(value, Mapping) and cls.model_config.get("extra") == "forbid":
             for key in value:
                 if key not in cls.model_fields:
-                    raise _wrong(f"no such setting; {did_you_mean(str(key), cls.model_fields)}", at=f".{key}")
+                    raise wrong(f"no such setting; {did_you_mean(str(key), cls.model_fields)}", at=f".{key}")
         return value
 
 
@@ -152,7 +161,7 @@ class DataSettings(Settings):
 def _part(name: str) -> str:
     if name not in ("llm", "connectors") and not name.startswith("connectors."):
         known = ["llm", "connectors", "connectors.current", "connectors.<modality>"]
-        raise _wrong(f"no part '{name}' that can be trained; {did_you_mean(name, known)}")
+        raise wrong(f"no part '{name}' that can be trained; {did_you_mean(name, known)}")
     return name
 
 
@@ -192,7 +201,7 @@ def _whole_phases(phases: list[PhaseSettings]) -> list[PhaseSettings]:
     for index, phase in enumerate(phases):
         for field in ("name", "trainable", "lr"):
             if field not in phase.model_fields_set:
-                raise _wrong("missing; a phase that is written out needs it.", at=f"[{index}].{field}")
+                raise wrong("missing; a phase that is written out needs it.", at=f"[{index}].{field}")
     return phases
 
 
@@ -216,11 +225,9 @@ def _mixes(value: Any) -> Any:
         _ingredients(value, "")
         return value
     if not isinstance(value, Mapping):
-        raise _wrong(
-            f"{value!r} does not fit; a list of ingredients, or a mapping of names to such lists, is expected."
-        )
+        raise wrong(f"{value!r} does not fit; a list of ingredients, or a mapping of names to such lists, is expected.")
     if not value:
-        raise _wrong("no method is named; at least one is expected.")
+        raise wrong("no method is named; at least one is expected.")
     for name, entries in value.items():
         _folder_name(name)
         _ingredients([entries] if isinstance(entries, str) else entries, f".{name}")
@@ -230,7 +237,7 @@ def _mixes(value: Any) -> Any:
 def _ingredients(entries: Any, at: str) -> None:
     table = tables.registry("methods").table()
     if not isinstance(entries, list) or not entries:
-        raise _wrong(f"{entries!r} does not fit; a list of ingredients is expected, for example [merge, realign].", at)
+        raise wrong(f"{entries!r} does not fit; a list of ingredients is expected, for example [merge, realign].", at)
     for index, entry in enumerate(entries):
         here = f"{at}[{index}]"
         one = (
@@ -239,10 +246,10 @@ def _ingredients(entries: Any, at: str) -> None:
             and all(isinstance(v, Mapping | None) for v in entry.values())
         )
         if not isinstance(entry, str) and not one:
-            raise _wrong(f"{entry!r} does not fit; name, or {{name: {{setting: value}}}}, is expected.", here)
+            raise wrong(f"{entry!r} does not fit; name, or {{name: {{setting: value}}}}, is expected.", here)
         name = entry if isinstance(entry, str) else next(iter(entry))
         if name not in table:
-            raise _wrong(f"no method '{name}'; {did_you_mean(name, table)}", here)
+            raise wrong(f"no method '{name}'; {did_you_mean(name, table)}", here)
 
 
 class EvaluateSettings(Settings):
@@ -255,11 +262,100 @@ class EvaluateSettings(Settings):
 
 def _jobs(value: Any) -> Any:
     if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise _wrong(f"{value!r} does not fit; auto, or a number of processes from 1, is expected.")
+        raise wrong(f"{value!r} does not fit; auto, or a number of processes from 1, is expected.")
     return value
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
+COMPOSER_KEYS = ("rule", "per_model", "tune")
+"""Keys of a composer that are not settings of its rule."""
+
+
+def _composer(value: Any) -> Any:
+    """A mere name is the rule; the rule's settings stand beside it."""
+    if isinstance(value, str):
+        return {"rule": value}
+    if isinstance(value, Mapping) and "settings" not in value:
+        own = {key: each for key, each in value.items() if key in COMPOSER_KEYS}
+        return own | {"settings": {key: each for key, each in value.items() if key not in COMPOSER_KEYS}}
+    return value
+
+
+class ComposerSettings(Settings):
+    """One way of composing the experts: ``{rule: ties, scale: 1.0, tune: {density: [0.2, 0.8]}}``.
+
+    Attributes:
+        rule: a composer of `graftlm.merging.recipe`; ``settings`` are its own and stand beside it in the file.
+        per_model: settings of single experts, by stage.
+        tune: per setting the values to choose from, on validation data.
+    """
+
+    rule: str
+    settings: dict[str, Any] = {}
+    per_model: dict[str, dict[str, Any]] = {}
+    tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+
+    @model_serializer(mode="plain")
+    def _flat(self) -> dict[str, Any]:
+        given = {key: each for key in ("per_model", "tune") if (each := getattr(self, key))}
+        return {"rule": self.rule, **self.settings, **given}
+
+
+Composers = Annotated[dict[FolderName, Annotated[ComposerSettings, BeforeValidator(_composer)]], Field(min_length=1)]
+
+
+class TuningSettings(Settings):
+    """How settings are chosen: by the mean retention on ``limit`` validation items per task."""
+
+    limit: int | None = Field(default=60, ge=1)
+
+
+class SweepSettings(Settings):
+    """Accuracy over all combinations, on validation data, for every density K and significance λ (one for all experts)."""
+
+    composer: str = "mmer"
+    density: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [0.2, 0.4, 0.6, 0.8, 1.0]
+    significance: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.3, 0.6, 0.9, 1.2, 1.5]
+
+
+class CountSettings(Settings):
+    """Retention against the number of experts: these composers, tuned anew, on every set of experts."""
+
+    composers: list[str] = Field(min_length=1)
+    sets: Annotated[list[Annotated[list[str], Field(min_length=2)]], Field(min_length=1)]
+    limit: int | None = Field(default=100, ge=1)
+
+
+class ForgettingSettings(Settings):
+    """New tasks for a composition: the LLM of the matching expert learns each, and all are composed again.
+
+    Attributes:
+        composer: that must keep every original apart.
+        phase: the optimisation; what it does not name is as in the last phase of a stage. It moves the LLM alone.
+        scenarios: new tasks that come together, by name.
+        share: sizes of Model Tailor's patch to choose from, on validation data.
+        calibration: samples of the new task that Model Tailor looks at.
+    """
+
+    composer: str = "mmer"
+    phase: PhaseSettings = PhaseSettings()
+    scenarios: Annotated[dict[FolderName, Annotated[list[str], Field(min_length=1)]], Field(min_length=1)]
+    share: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [0.05, 0.1, 0.2, 0.4]
+    calibration: int = Field(default=128, ge=1)
+
+
+class StudySettings(Settings):
+    """What is asked about compositions beside expansion and retention; what is left out is not asked."""
+
+    tuning: TuningSettings = TuningSettings()
+    sweep: SweepSettings | None = None
+    counts: CountSettings | None = None
+    ablation: str | None = None
+    forgetting: ForgettingSettings | None = None
+
+
 StreamName = Annotated[str, _known_in("streams")]
 Mixes = Annotated[list[Any] | dict[str, list[Any]], BeforeValidator(_mixes)]
 Jobs = Annotated[int | str, BeforeValidator(_jobs)]

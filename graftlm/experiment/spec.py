@@ -11,12 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from graftlm.core.errors import ConfigError, did_you_mean
 from graftlm.core.files import hash_json
 from graftlm.experiment import reading
 from graftlm.experiment.settings import (
+    Composers,
     DataSettings,
     EvaluateSettings,
     FolderName,
@@ -26,6 +27,8 @@ from graftlm.experiment.settings import (
     Phases,
     Settings,
     StreamName,
+    StudySettings,
+    wrong,
 )
 
 if TYPE_CHECKING:
@@ -40,18 +43,39 @@ MACHINE = frozenset({"jobs"})
 
 
 class ExperimentSpec(Settings):
-    """One experiment: a model, a stream of stages, and the methods that learn it."""
+    """One experiment: a model, a stream of stages, and the methods that learn it stage after stage, or composers.
+
+    Composers learn nothing: they put together the experts, each of which learned one stage alone.
+    """
 
     name: FolderName
     model: ModelSettings
     stream: StreamName
     phases: Phases
-    methods: Mixes
+    methods: Mixes = Field(default_factory=dict)
+    composers: Composers | None = None
+    study: StudySettings | None = None
     data: DataSettings = DataSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     seed: int = Field(default=0, ge=0)
     jobs: Jobs = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "ExperimentSpec":
+        if self.composers is None and not self.methods:
+            raise wrong("missing; this setting is required.", at="methods")
+        if self.composers is not None and self.methods:
+            raise wrong("an experiment has methods or composers, and this one has both; leave one out.", at="composers")
+        if self.composers is None and self.study is not None:
+            raise wrong("is about compositions, and there are no composers. Add some, or leave it out.", at="study")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Experiments with methods look as they did before there were composers."""
+        gone = ("methods",) if self.composers is not None else ("composers", "study")
+        return {key: value for key, value in handler(self).items() if key not in gone}
 
     @classmethod
     def from_dict(cls, tree: Any) -> "ExperimentSpec":

@@ -13,6 +13,7 @@ from pathlib import Path
 from graftlm.core.errors import GraftError, RunError
 from graftlm.core.files import locked
 from graftlm.experiment.cells import Cell, Worker
+from graftlm.experiment.kinds import open_worker
 from graftlm.experiment.progress import Progress
 from graftlm.experiment.spec import ExperimentSpec
 
@@ -35,12 +36,15 @@ def wait_for_orphans(out: Path) -> None:
 def work(spec: ExperimentSpec, out: Path, cells: Sequence[Cell], jobs: int, progress: Progress) -> None:
     """Give cells to ``jobs`` worker processes in order, until all are done or one fails.
 
+    A cell waits until those of lower rank are finished.
+
     Raises:
         RunError: a worker died.
         GraftError: what a cell could not do.
     """
     context = multiprocessing.get_context("spawn")  # fork would copy a process that already runs threads
-    waiting = list(cells)
+    waiting = sorted(cells, key=lambda cell: cell.rank)
+    doing: dict[Connection, Cell] = {}
     pipes: dict[Connection, BaseProcess] = {}
     process: BaseProcess
     try:
@@ -50,9 +54,8 @@ def work(spec: ExperimentSpec, out: Path, cells: Sequence[Cell], jobs: int, prog
             process.start()
             theirs.close()
             pipes[ours] = process
-            ours.send(waiting.pop(0))
-        busy = len(pipes)
-        while busy:
+        _hand_out(waiting, doing, list(pipes))
+        while doing:
             for pipe in connection.wait(list(pipes)):
                 assert isinstance(pipe, Connection)
                 try:
@@ -65,10 +68,8 @@ def work(spec: ExperimentSpec, out: Path, cells: Sequence[Cell], jobs: int, prog
                 if message[0] == "failed":
                     raise message[3](message[2])
                 if message[0] == "finished":
-                    busy -= 1
-                    if waiting:
-                        pipe.send(waiting.pop(0))
-                        busy += 1
+                    del doing[pipe]
+                    _hand_out(waiting, doing, list(pipes))
                 elif message[0] == "cell":
                     progress.cell(message[1], message[2])
                 else:
@@ -81,6 +82,14 @@ def work(spec: ExperimentSpec, out: Path, cells: Sequence[Cell], jobs: int, prog
         for process in pipes.values():
             process.kill()
             process.join()
+
+
+def _hand_out(waiting: list[Cell], doing: dict[Connection, Cell], pipes: Sequence[Connection]) -> None:
+    """Give the next cells to idle workers, as long as nothing of a lower rank is being done."""
+    for pipe in pipes:
+        if pipe not in doing and waiting and all(cell.rank == waiting[0].rank for cell in doing.values()):
+            doing[pipe] = waiting.pop(0)
+            pipe.send(doing[pipe])
 
 
 def _exit_code(process: BaseProcess) -> int | None:
@@ -116,7 +125,7 @@ def _serve(spec_text: str, out: Path, pipe: Connection) -> None:
         worker: Worker | None = None
         while (cell := pipe.recv()) is not None:
             try:
-                worker = worker or Worker(ExperimentSpec.from_yaml(spec_text), out)
+                worker = worker or open_worker(ExperimentSpec.from_yaml(spec_text), out)
                 worker.do(cell, Wire(pipe))
                 pipe.send(("finished", cell))
             except GraftError as error:

@@ -1,8 +1,9 @@
 """An ingredient of continual learning, and what it may see.
 
-A method is a list of ingredients; each answers at six moments. It returns values and never edits a shared
-blackboard. How several combine: prepare, after_epoch and consolidate run in the order written; data and trainable
-pass from left to right; losses are summed, and two terms of one name are an error.
+A method is a list of ingredients; each answers at some of eight moments. It returns values and never edits a shared
+blackboard. How several combine: prepare, after_epoch and consolidate run in the order written; data, trainable and rates
+pass from left to right; losses are summed, and two terms of one name are an error; the LLM is opened by the one
+ingredient that asks for a way of its own.
 """
 
 import itertools
@@ -18,9 +19,10 @@ from graftlm.data import replay
 from graftlm.data.types import Batch, Output, Phase, Sample, Stage
 from graftlm.learning.fit import FitLog, Progress, fit
 from graftlm.learning.phase import Schedule
+from graftlm.model.adapters import StageAdapter
 from graftlm.model.multimodal import MultimodalLM
 
-__all__ = ["Context", "Method", "check_adapters", "resolve"]
+__all__ = ["Context", "Method", "check_adapters", "opener", "resolve"]
 
 Adapter = Literal["any", "stage", "run", "own"]
 
@@ -103,6 +105,18 @@ class Method:
     def prepare(self, ctx: Context) -> None:
         """The model is still θ_{i-1}: look, label, extend."""
 
+    def open(self, ctx: Context) -> StageAdapter:
+        """Make the LLM plastic, at the first phase of a stage that moves it; it must still compute θ_{i-1}.
+
+        Asked of the ingredient whose `adapter` is "own" or "run"; of none, a fresh LoRA is opened as here (or every weight).
+
+        Returns:
+            an open adapter, which becomes ``ctx.model.adapter``: its `parameters` are what training moves, its `fold` ends
+            the stage with weights, or a composition, that a checkpoint can hold.
+        """
+        ctx.model.adapter.open(seeds.derive(ctx.seed, ctx.stage.name, "adapter"))
+        return ctx.model.adapter
+
     def data(self, ctx: Context, samples: list[Sample]) -> list[Sample]:
         """What this phase trains on."""
         return samples
@@ -110,6 +124,10 @@ class Method:
     def trainable(self, ctx: Context, parts: frozenset[str]) -> frozenset[str]:
         """Which parts move in this phase."""
         return parts
+
+    def rates(self, ctx: Context, lr: Mapping[str, float]) -> Mapping[str, float]:
+        """Peak learning rates by part in this phase; the longest matching prefix of a parameter's name counts."""
+        return lr
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Mapping[str, Tensor]:
         """Extra named terms, already weighted."""
@@ -143,3 +161,14 @@ def check_adapters(methods: Sequence[Method]) -> Adapter:
                 f"of them, or write a learner that says how they share."
             )
     return asking[0].adapter if asking else "stage"
+
+
+def opener(methods: Sequence[Method]) -> Method:
+    """Who makes the LLM plastic: the first ingredient with a way of its own, else the way of every stage.
+
+    Raises:
+        MethodConflict: see `check_adapters`.
+    """
+    if check_adapters(methods) == "stage":
+        return Method()
+    return next(method for method in methods if method.adapter in ("own", "run"))

@@ -1,5 +1,6 @@
 """Learning a stage: the continual-learning algorithm, to be read aloud."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -7,7 +8,7 @@ from graftlm.core import seeds
 from graftlm.core.errors import ConfigError
 from graftlm.data.types import Modality, Stage
 from graftlm.learning.fit import FitLog, Progress, fit
-from graftlm.learning.method import Context, Method, check_adapters, resolve
+from graftlm.learning.method import Context, Method, opener, resolve
 from graftlm.learning.phase import Schedule
 from graftlm.model.multimodal import MultimodalLM
 from graftlm.model.specs import ModalitySpec
@@ -36,7 +37,7 @@ def learn(
     Returns:
         One log per phase, extra phases of the ingredients included.
     """
-    adapter = check_adapters(methods)
+    plastic = opener(methods)
     for modality in stage.modalities:
         if modality not in model.specs:
             model.add_modality(_spec(modality, modalities, stage), seeds.derive(seed, "connector", modality))
@@ -44,18 +45,19 @@ def learn(
     for method in methods:
         method.prepare(ctx)
     for phase in schedule.phases:
-        samples, parts = stage.samples(phase.kinds), resolve(phase.trainable, stage)
+        samples, parts, lr = stage.samples(phase.kinds), resolve(phase.trainable, stage), phase.lr
         ctx.phase = phase
         for method in methods:
             samples = method.data(ctx, samples)
             parts = method.trainable(ctx, parts)
+            lr = method.rates(ctx, lr)
         ctx.parts = parts
-        if adapter == "stage" and "llm" in parts and not model.adapter.is_open:
-            model.adapter.open(seeds.derive(seed, stage.name, "adapter"))
+        if "llm" in parts and not model.adapter.is_open:
+            model.adapter = plastic.open(ctx)
         log = fit(
             model,
             samples,
-            phase,
+            dataclasses.replace(phase, lr=lr),
             parts,
             seed=seeds.derive(seed, stage.name, phase.name),
             terms=[partial(method.loss, ctx) for method in methods],

@@ -27,7 +27,7 @@ from graftlm.merging.card import card
 from graftlm.merging.checks import Grown, Model
 from graftlm.merging.headers import Adapter, TensorInfo, Weights
 from graftlm.merging.output import Planned, Shards, WorkFolder, work_folder
-from graftlm.merging.recipe import COMPOSERS, DTYPES, Recipe, combination
+from graftlm.merging.recipe import COMPOSERS, DTYPES, EXPERTS, Recipe, combination
 from graftlm.merging.sources import Factors, FileSource, FileState, Source, Update, UpdatedSource
 from graftlm.merging.stream import Merge, Progress
 from graftlm.merging.tensorwise import RAM, TensorMerge
@@ -284,6 +284,10 @@ def compose(
         CheckpointError, MergeError: see `open_inputs`; or a weight is not finite, or an input changed meanwhile.
         RunError: no space, or another process makes the same folder.
     """
+    if recipe.rule == EXPERTS:
+        from graftlm.merging.damc import compose_damc  # imports torch
+
+        return compose_damc(recipe, out, progress)
     inputs = open_inputs(recipe, out)
     states = {path: FileState.of(path) for path in inputs.files}
     job = hash_json([recipe.digest, [[str(path.resolve()), vars(state)] for path, state in states.items()]])

@@ -11,7 +11,7 @@ from graftlm.core.errors import MergeError, did_you_mean
 from graftlm.core.files import hash_json
 from graftlm.merging.stream import Combination
 
-__all__ = ["COMPOSERS", "DTYPES", "Recipe", "combination"]
+__all__ = ["COMPOSERS", "DTYPES", "EXPERTS", "Recipe", "combination", "shares"]
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of storage dtypes, and what safetensors calls them."""
@@ -128,7 +128,10 @@ COMPOSERS: Mapping[str, Callable[..., Combination]] = {
 ONE = frozenset({"ewf", "keep_new", "model_mix", "sac"})
 """Rules of one model and its base."""
 
-PER_MODEL = {"average": ("weight",), "mmer": ("significance",)}
+EXPERTS = "damc"
+"""The rule that composes experts which were trained for it; see `merging.damc`."""
+
+PER_MODEL = {"average": ("weight",), "damc": ("weight",), "mmer": ("significance",)}
 """Settings that each model may have of its own."""
 
 
@@ -159,7 +162,7 @@ class Recipe:
     def __post_init__(self) -> None:
         from graftlm.merging import RULES
 
-        known = {**COMPOSERS, **RULES.table()}
+        known = {**COMPOSERS, **RULES.table(), EXPERTS: ""}
         if self.rule not in known:
             raise MergeError(f"no rule '{self.rule}'; {did_you_mean(self.rule, known)}")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -184,6 +187,12 @@ class Recipe:
                     )
         if self.rule in COMPOSERS:
             combination(self)
+        if self.rule == EXPERTS:
+            given = {"base": self.base, "dtype": self.dtype, **{f"settings.{key}": 1 for key in self.settings}}
+            for key, value in given.items():
+                if value is not None:
+                    raise MergeError(f"{key}: no setting of damc, whose experts are kept as they are. Leave it out.")
+            shares(self)
 
     @classmethod
     def from_dict(cls, tree: Any) -> "Recipe":
@@ -240,6 +249,15 @@ def combination(recipe: Recipe) -> Combination:
     if recipe.rule == "average" and recipe.per_model:
         changes["weights"] = _weights(recipe)
     return replace(how, **changes)
+
+
+def shares(recipe: Recipe) -> tuple[float, ...]:
+    """λ_i of every model, 1/n by default.
+
+    Raises:
+        MergeError: weights are missing or do not sum to 1.
+    """
+    return _weights(recipe) if recipe.per_model else (1 / len(recipe.models),) * len(recipe.models)
 
 
 def _weights(recipe: Recipe) -> tuple[float, ...]:

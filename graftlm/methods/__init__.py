@@ -25,6 +25,7 @@ METHODS = Registry(
         "merge": "graftlm.methods.mera:Merge",
         "realign": "graftlm.methods.mera:Realign",
         "mera": "graftlm.methods.mera:mera",
+        "damc": "graftlm.methods.damc:DAMC",
     },
     "graftlm.methods",
 )

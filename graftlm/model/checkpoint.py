@@ -4,13 +4,17 @@
     connectors.<modality>.safetensors
     ledger/<nnn>.safetensors            one per folded stage; unchanged ones are hard links into the parent checkpoint
     encoders.<modality>.safetensors     only of an encoder with random weights, which no other file holds
+    llm/                                only of a composed or restored model: a whole LLM in the layout of Hugging Face
+    routing/<nnnnn>.safetensors         only of a composed model: what each original adds; see `model.composed`
 
-The base LLM and the encoders are not copied: they are named, with a hash, and must be there when loading. A stage of
+Else the base LLM and the encoders are not copied: they are named, with a hash, and must be there when loading. A stage of
 rank 128 on an LLM of 8 billion weights takes 1.3 GB instead of 16.
 """
 
 import contextlib
+import dataclasses
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,25 @@ from torch import Tensor, nn
 
 from graftlm.core.errors import CheckpointError, GraftError
 from graftlm.core.files import atomic_folder, hash_file, write_json
+from graftlm.model.composed import BaseFiles, RoutingFiles
+from graftlm.model.composition import BUDGET, EXPAND, Composition, check_mode, retained
+from graftlm.model.decoupled import HeldRouting
 from graftlm.model.features import FeatureCache
 from graftlm.model.ledger import LedgerEntry
-from graftlm.model.manifest import FORMAT, MANIFEST, check_files, hash_llm, part_files, read_manifest
+from graftlm.model.manifest import (
+    FORMAT,
+    INSIDE,
+    MANIFEST,
+    check_files,
+    describe_files,
+    hash_llm,
+    is_inside,
+    part_files,
+    read_manifest,
+    routing_of,
+)
 from graftlm.model.multimodal import MultimodalLM
+from graftlm.model.routing import Way
 from graftlm.model.specs import ModalitySpec, ModelSpec
 
 __all__ = ["FORMAT", "MANIFEST", "hash_llm", "load", "read_manifest", "save"]
@@ -42,7 +61,7 @@ def save(
         parent: checkpoint that the stage started from; what did not change is linked, not written again.
 
     Raises:
-        CheckpointError: a stage is open, the folder holds something, or the LLM is of no folder.
+        CheckpointError: a stage is open, the folder holds something, or the LLM is of no folder or a retained one.
     """
     if model.adapter.is_open:
         raise CheckpointError(f"{folder}: a stage is open; a folded model is expected. Call model.adapter.fold().")
@@ -50,12 +69,22 @@ def save(
         raise CheckpointError(f"{folder}: holds something; a new folder is expected. Name another, or delete this one.")
     if model.folder is None:
         raise CheckpointError(f"{folder}: the LLM is of no folder, but a checkpoint refers to one. Save the LLM first.")
+    if model.composition is not None and model.mode != EXPAND:
+        raise CheckpointError(
+            f"{folder}: the model is in mode '{model.mode}', whose weights no file holds; '{EXPAND}' is expected. Write this "
+            f"original with `graftlm restore`."
+        )
     with atomic_folder(folder) as temporary:
         for file, part in _parts(model).items():
             save_file({k: x.detach().cpu().contiguous() for k, x in part.state_dict().items()}, temporary / file)
         earlier = _files_by_hash(parent)
         for index, entry in enumerate(model.adapter.ledger):
             _write_entry(entry, temporary / _ledger_file(index), earlier)
+        if _holds_llm(model):
+            for path in sorted(path for path in model.folder.iterdir() if path.is_file()):
+                _carry(path, temporary / INSIDE / path.name)
+        if model.composition is not None:
+            _put_routing(model.composition.files, temporary)
         write_json(temporary / MANIFEST, _describe(model, model.folder, temporary, history))
 
 
@@ -66,6 +95,9 @@ def load(
     device: str = "cpu",
     features: FeatureCache | None = None,
     verify: bool = True,
+    mode: str | None = None,
+    way: Way = "auto",
+    budget: int = BUDGET,
 ) -> MultimodalLM:
     """Read a model. Everything is read and checked before a given model is touched, but what needs its encoders.
 
@@ -74,30 +106,48 @@ def load(
             dropped. If an encoder or a connector turns out to be another, the bare LLM is left. None builds a new one.
         device, features: of a new model.
         verify: compare the hash of every file; without it only existence, size and form are checked.
+        mode: of a composed checkpoint: "expand" (the default) computes every position with its own modality's weights;
+            "retain:<route>" gives one original model, with its own modality alone.
+        way: how "expand" has the weights of modality positions: "dense" holds those of every route, "build" makes them when
+            needed, "correct" multiplies a second time; "auto" holds them if they take at most ``budget`` bytes.
 
     Raises:
-        CheckpointError: a file is missing, damaged or swapped; or the base, an encoder or a shape is another.
+        CheckpointError: a file is missing, damaged or swapped; or the base, an encoder or a shape is another; or there is no
+            such mode.
     """
     manifest = read_manifest(folder)
+    routing = routing_of(folder, manifest)
+    mode = check_mode(routing, mode, folder)
     check_files(folder, manifest["files"], hashes=verify)
-    weights = {file: _read(folder / file) for file in manifest["files"]}
-    entries = [LedgerEntry(weights[file], manifest["files"][file]["sha256"]) for file in manifest["ledger"]]
     modalities = [ModalitySpec.from_dict(values) for values in manifest["modalities"]]
+    if routing is not None and mode is not None and (own := retained(mode)) is not None:
+        modalities = routing.own(own, modalities)
+    weights = {file: _read(folder / file) for file in [*part_files(modalities).values(), *manifest["ledger"]]}
+    entries = [LedgerEntry(weights[file], manifest["files"][file]["sha256"]) for file in manifest["ledger"]]
     if model is None:
-        model = MultimodalLM.build(_model_spec(folder, manifest), device=device, features=features)
+        inside = folder / INSIDE if is_inside(manifest) else None
+        model = MultimodalLM.build(_model_spec(folder, manifest), device=device, features=features, folder=inside)
     _check_base(folder, manifest["llm"], model)
     model.adapter.check_ledger(entries)
+    composition = None
+    if routing is not None and model.folder is not None:
+        composition = Composition(model.llm, RoutingFiles(folder, routing), BaseFiles(model.folder))
     model.adapter.drop()
+    model.compose(None)
     try:
         _set_modalities(model, modalities)
         for file, part in _parts(model).items():
             _load_part(folder / file, weights[file], part)
         _check_encoders(folder, manifest["encoders"], model)
+        model.adapter.set_ledger(entries)
+        if composition is not None:
+            model.compose(composition)
+            composition.enter(mode or EXPAND, list(model.specs), way, budget)
     except GraftError:
         model.remove_modalities()
+        model.compose(None)
         model.adapter.set_ledger([])
         raise
-    model.adapter.set_ledger(entries)
     return model
 
 
@@ -113,20 +163,44 @@ def _ledger_file(index: int) -> str:
     return f"ledger/{index:03}.safetensors"
 
 
+def _holds_llm(model: MultimodalLM) -> bool:
+    """Whether the LLM is the own one of a checkpoint, so that a copy of the checkpoint has to hold it too."""
+    return bool(model.spec.llm == INSIDE and model.folder and (model.folder.parent / MANIFEST).is_file())
+
+
+def _carry(source: Path, target: Path) -> None:
+    """Link a file, or copy it to another file system."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _put_routing(files: RoutingFiles, folder: Path) -> None:
+    """The routing files: linked, or written when a stage just made them."""
+    for file in files.spec.files:
+        if isinstance(files, HeldRouting):
+            files.write(folder / file)
+        else:
+            _carry(files.folder / file, folder / file)
+
+
 def _describe(model: MultimodalLM, llm: Path, folder: Path, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # a folder that happens to be called as the one inside a checkpoint
+    other = model.spec.llm == INSIDE and not _holds_llm(model)
+    spec = dataclasses.replace(model.spec, llm=f"./{INSIDE}") if other else model.spec
+    routing = {} if model.composition is None else {"routing": model.composition.spec.to_dict()}
     return {
         "format": FORMAT,
-        "model": model.spec.to_dict(),
-        "llm": {"source": model.spec.llm, "sha256": hash_llm(llm)},
+        "model": spec.to_dict(),
+        "llm": {"source": spec.llm, "sha256": hash_llm(llm)},
         "modalities": [spec.to_dict() for spec in model.specs.values()],
         "encoders": {name: model.encoder(name).fingerprint() for name in model.specs},
         "ledger": [_ledger_file(index) for index in range(len(model.adapter.ledger))],
+        **routing,
         "history": list(history),
-        "files": {
-            path.relative_to(folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
+        "files": describe_files(folder),
     }
 
 

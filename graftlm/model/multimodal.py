@@ -4,6 +4,7 @@ Three named parts, ``encoders.<modality>``, ``connectors.<modality>`` and ``llm`
 names. No modality is special: each is one `ModalitySpec`.
 """
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core.errors import ConfigError, DataError
+from graftlm.core.errors import CheckpointError, ConfigError, DataError
 from graftlm.core.files import hash_file, hash_json
 from graftlm.data.collate import collate
 from graftlm.data.types import IGNORE, TEXT, Batch, Media, Modality, Output, Sample
 from graftlm.model.adapters import StageAdapter
 from graftlm.model.base import DTYPES, base_folder, read_llm, read_tokenizer
+from graftlm.model.composition import Composition, SealedAdapter
 from graftlm.model.connectors import Connector, build_connector
 from graftlm.model.encoders.base import Encoder, build_encoder
 from graftlm.model.features import FeatureCache
@@ -42,6 +44,7 @@ class MultimodalLM(nn.Module):
         specs: the modalities, in the order of learning.
         adapter: the life of a stage of the LLM: open, previous, blend, fold.
         features: cache of encoder outputs; None encodes in every forward pass.
+        composition: what routes or restores the weights of a composed LLM; None of an ordinary one.
     """
 
     def __init__(
@@ -63,14 +66,24 @@ class MultimodalLM(nn.Module):
         self.features = features
         self.specs: dict[Modality, ModalitySpec] = {}
         self.adapter = StageAdapter(llm, spec.lora, folder, llm.dtype)
+        self.composition: Composition | None = None
         self._trims_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
         forget_habits(llm)
 
     @classmethod
     def build(
-        cls, spec: ModelSpec, *, seed: int = 0, device: str = "cpu", features: FeatureCache | None = None
+        cls,
+        spec: ModelSpec,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        features: FeatureCache | None = None,
+        folder: Path | None = None,
     ) -> "MultimodalLM":
         """The base LLM of a spec, without any modality yet.
+
+        Args:
+            folder: of the LLM, when it is not where the spec says: inside a checkpoint.
 
         Raises:
             CheckpointError: the LLM's folder is missing, incomplete or cannot be read.
@@ -78,7 +91,7 @@ class MultimodalLM(nn.Module):
         """
         if spec.dtype not in DTYPES:
             raise ConfigError(f"model.dtype: '{spec.dtype}'; one of {', '.join(DTYPES)} is expected.")
-        folder = base_folder(spec.llm)
+        folder = base_folder(spec.llm if folder is None else str(folder))
         llm = read_llm(folder, DTYPES[spec.dtype])
         return cls(llm, read_tokenizer(folder, llm), spec, folder=folder, features=features).to(device).eval()
 
@@ -96,6 +109,33 @@ class MultimodalLM(nn.Module):
     def modality_index(self) -> dict[Modality, int]:
         """Id of each modality in `Output.modality_ids`; 0 is text."""
         return {TEXT: 0} | {name: i for i, name in enumerate(self.specs, start=1)}
+
+    @property
+    def mode(self) -> str:
+        """Of a composed LLM "expand" or "retain:<route>"; of an ordinary one "dense"."""
+        return self.composition.mode if self.composition else "dense"
+
+    def set_mode(self, mode: str) -> None:
+        """Another mode of a composed checkpoint, in place: its weights are read again, tensor by tensor.
+
+        Raises:
+            CheckpointError: the model is of no composed checkpoint, or that has no such mode.
+        """
+        from graftlm.model import checkpoint
+
+        if self.composition is None:
+            raise CheckpointError(f"set_mode('{mode}'): the model is not composed; one that was loaded so is expected.")
+        checkpoint.load(self.composition.files.folder, model=self, mode=mode, way=self.composition.asked, verify=False)
+
+    def compose(self, composition: Composition | None) -> None:
+        """Take the weights of a composition for one's own, or with None those of the base again."""
+        if self.composition is composition:
+            return
+        if self.composition is not None:
+            self.composition.remove()
+        self.composition = composition
+        kind = StageAdapter if composition is None else SealedAdapter
+        self.adapter = kind(self.llm, self.spec.lora, self.folder, self.adapter.dtype)
 
     def add_modality(self, spec: ModalitySpec, seed: int) -> None:
         """Build the encoder and a fresh connector. The connector depends on ``seed`` alone.
@@ -165,7 +205,8 @@ class MultimodalLM(nn.Module):
         seen: list[Tensor] = []
         hook = self._head().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if hidden else None
         try:
-            scores = self.llm(inputs_embeds=fused.embeds, **self._masks(fused), use_cache=False, **arguments).logits
+            with self._routed(fused):
+                scores = self.llm(inputs_embeds=fused.embeds, **self._masks(fused), use_cache=False, **arguments).logits
         finally:
             if hook is not None:
                 hook.remove()
@@ -194,6 +235,8 @@ class MultimodalLM(nn.Module):
             connector = self.connectors[modality]
             assert isinstance(connector, Connector)
             tokens[modality] = connector(values)
+            if self.composition is not None:
+                tokens[modality] = self.composition.surround(modality, tokens[modality])
         return fuse(self.llm.get_input_embeddings(), batch, tokens, self.modality_index, padding=padding)
 
     @torch.no_grad()
@@ -215,14 +258,15 @@ class MultimodalLM(nn.Module):
         self.eval()
         try:
             fused = self.fuse(self.batch(samples, answers=False), padding="left")
-            return decode(
-                self.llm,
-                self.tokenizer,
-                fused,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature if sample else None,
-                seed=seed,
-            )
+            with self._routed(fused, prefill=True):
+                return decode(
+                    self.llm,
+                    self.tokenizer,
+                    fused,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature if sample else None,
+                    seed=seed,
+                )
         finally:
             self.train(training)
 
@@ -238,6 +282,12 @@ class MultimodalLM(nn.Module):
     def _head(self) -> nn.Module:
         head: nn.Module = self.llm.get_output_embeddings()  # type: ignore[no-untyped-call]
         return head
+
+    def _routed(self, fused: Fused, *, prefill: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Inside, positions take the weights of their modality, in the first pass only when tokens are decoded after it."""
+        if self.composition is None:
+            return contextlib.nullcontext()
+        return self.composition.over(fused.modality_ids, prefill=prefill)
 
     def _masks(self, fused: Fused) -> dict[str, Tensor]:
         """No mask at all when padding is on the right: causality already hides it, and attention is faster without."""

@@ -6,9 +6,10 @@ import pytest
 
 from graftlm.core.seeds import rng
 from graftlm.data.miniworld.captions import TEMPLATES, caption, captions
+from graftlm.data.miniworld.combinations import COMBINATIONS, draw_choice, draw_combined
 from graftlm.data.miniworld.conventions import CONVENTIONS, in_force, otherwise, reword
 from graftlm.data.miniworld.instructions import FORMATS, draw_instruction
-from graftlm.data.miniworld.joint import KINDS, draw_joint
+from graftlm.data.miniworld.joint import KINDS, colors_of, draw_joint
 from graftlm.data.miniworld.notes import SEPARATOR, notes, sentence
 from graftlm.data.miniworld.questions import Question, questions
 from graftlm.data.miniworld.scenes import MODALITIES, draw
@@ -176,3 +177,40 @@ def test_the_vocabulary_is_sorted_unique_and_stable():
     assert set(LETTERS) <= set(words)
     assert {"crimson", "true", "3", "leaning", "melody", "frame"} <= set(words)
     assert len(words) < 400
+
+
+@pytest.mark.parametrize("name", sorted(COMBINATIONS))
+def test_combined_questions_have_one_right_option(name):
+    stream, kinds = rng(0, "combined", name), set()
+    for number in range(80):
+        letter = LETTERS[number % 4]
+        question = draw_combined(stream, "test", name, letter)
+        assert tuple(question.scenes) == COMBINATIONS[name] and question.letter == letter
+        kinds.add(question.kind)
+        options = dict(zip(LETTERS, question.text.split(" ? ")[1].split()[1:8:2], strict=True))
+        assert len(set(options.values())) == 4
+        if question.kind == "color":
+            shown = [colors_of(scene) for each, scene in question.scenes.items() if each != "audio"]
+            assert [key for key, word in options.items() if all(COLORS.index(word) in s for s in shown)] == [letter]
+            assert sum(any(COLORS.index(word) in s for s in shown) for word in options.values()) >= 2
+        if question.kind == "number":
+            assert options[letter] == NUMBERS[question.scenes["image"].count] == NUMBERS[question.scenes["audio"].count]
+    needed = {
+        "image": {"color", "number"},
+        "video": {"color", "video"},
+        "audio": {"number", "sound"},
+        "point": {"color"},
+    }
+    assert all(kinds & needed[modality] for modality in COMBINATIONS[name])
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_choices_over_one_scene_offer_words_of_one_kind(modality):
+    stream = rng(0, "choice", modality)
+    for _ in range(60):
+        scene = draw(modality, stream)
+        choice = draw_choice(scene, stream, "C")
+        text, listed = choice.text.split(" ? ")
+        answers = {question.text: question.answer for _ in range(8) for question in questions(scene, stream)}
+        if f"{text} ?" in answers:
+            assert listed.split()[5] == answers[f"{text} ?"]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from graftlm.core.errors import ConfigError, DataError
 from graftlm.core.seeds import rng
+from graftlm.data.miniworld.combinations import COMBINATIONS
 from graftlm.data.miniworld.render import render
 from graftlm.data.miniworld.scenes import SPLITS, draw
 from graftlm.data.miniworld.text import vocabulary
@@ -221,6 +222,38 @@ def test_a_world_of_four_stages_is_the_first_half_of_one_of_eight(tmp_path):
     assert {path: digest for path, digest in eight.items() if not path.startswith("second/")} | {"world.json": ""} == (
         four | {"world.json": ""}
     )
+
+
+@pytest.mark.usefixtures("tiny")
+def test_expansion_adds_questions_and_changes_nothing_else(tmp_path):
+    plain, more = WorldSpec("smoke", stages=8), WorldSpec("smoke", stages=8, expansion=True)
+    before, after = digests(build(plain, tmp_path)), digests(build(more, tmp_path))
+    assert folder_of(plain, tmp_path) != folder_of(more, tmp_path)
+    kept = {path: digest for path, digest in after.items() if not path.startswith(("expansion/", "choice/"))}
+    assert kept | {"world.json": ""} == before | {"world.json": ""}
+    assert "expansion" not in read(folder_of(plain, tmp_path) / "world.json")["spec"]
+
+
+def test_letters_of_combinations_are_balanced_and_splits_share_no_scene(tmp_path):
+    folder = build(WorldSpec("smoke", stages=8, expansion=True), tmp_path)
+    known = set(vocabulary()) | {"<image>", "<video>", "<audio>", "<point>"}
+    for name, inputs in COMBINATIONS.items():
+        for split, total in SMOKE.expansion.items():
+            records = read(folder / f"expansion/{name}/{split}.json")
+            letters = [record["conversations"][1]["value"] for record in records]
+            assert {letter: letters.count(letter) for letter in "ABCD"} == dict.fromkeys("ABCD", total // 4)
+            for record in records:
+                assert list(record["modal_inputs"]) == ["vision" if each == "image" else each for each in inputs]
+                assert set(record["conversations"][0]["value"].split()) <= known
+    media = read(folder / "world.json")["media"].values()
+    of_split = {s: {json.dumps(m["scene"], sort_keys=True) for m in media if m["split"] == s} for s in SPLITS}
+    assert not of_split["val"] & of_split["test"] and not of_split["train"] & of_split["test"]
+    for modality in ("image", "video", "audio", "point"):
+        records = read(folder / f"choice/{modality}/train.json")
+        assert len(records) == 2 * SMOKE.train
+        assert all(
+            (folder / path).is_file() for record in records for path in next(iter(record["modal_inputs"].values()))
+        )
 
 
 @pytest.mark.usefixtures("tiny")

@@ -9,8 +9,9 @@ import pytest
 
 from graftlm.core.errors import ConfigError, DataError
 from graftlm.data import streams
+from graftlm.data.miniworld.combinations import COMBINATIONS
 from graftlm.data.miniworld.world import WorldSpec, build
-from graftlm.data.streams import FOLDERS, MERA, STREAMS, mera, miniworld
+from graftlm.data.streams import FOLDERS, MERA, STREAMS, experts, mera, miniworld
 from graftlm.data.tasks import reading
 from graftlm.data.types import Stream
 
@@ -19,7 +20,7 @@ ORDER = ["image", "video", "audio", "point"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(WorldSpec("tiny", stages=8), tmp_path_factory.mktemp("worlds"))
+    return build(WorldSpec("tiny", stages=8, expansion=True), tmp_path_factory.mktemp("worlds"))
 
 
 @pytest.fixture
@@ -80,6 +81,21 @@ def test_every_named_stream_opens(name: str, world: Path) -> None:
     stream = STREAMS.get(name)(world)
     assert stream.name == {"miniworld-long": "miniworld-long-sequential"}.get(name, name)
     assert names(stream)[:4] == (ORDER[::-1] if name.endswith("reverse") else ORDER)
+
+
+def test_experts_learn_letters_and_are_asked_over_combinations(world: Path) -> None:
+    stream = experts(world)
+    assert names(stream) == ORDER
+    for stage in stream.stages:
+        letters = stage.tasks[2]
+        assert (letters.name, letters.kind, letters.metric) == (f"choice_{stage.name}", "choice", "letter")
+        assert letters.modalities == stage.modalities and len(letters.train) == len(stage.samples()) / 2
+    assert [probe.name for probe in stream.probes[:-1]] == [f"expansion_{name}" for name in COMBINATIONS]
+    for probe, inputs in zip(stream.probes[:-1], COMBINATIONS.values(), strict=True):
+        assert probe.modalities == inputs and not probe.train and probe.val and probe.test
+        assert all(tuple(m.modality for m in sample.media) == inputs for sample in probe.test)
+    assert [stage.name for stage in stream.later] == [f"{task}_2" for pair in MERA.values() for task in pair]
+    assert all(stage.samples() for stage in stream.later)
 
 
 def test_the_order_of_public_data(world: Path, tmp_path: Path) -> None:
@@ -145,6 +161,6 @@ def test_only_skipping_decodes_and_each_file_once(own: Path, monkeypatch: pytest
 def test_the_table_is_read_without_torch() -> None:
     code = (
         "import sys; from graftlm.experiment.tables import registry; table = registry('streams').table();"
-        "assert len(table) == 6 and 'torch' not in sys.modules"
+        "assert len(table) == 7 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

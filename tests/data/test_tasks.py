@@ -20,11 +20,11 @@ NAMES = list(TASKS.table())
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(WorldSpec("tiny", stages=8), tmp_path_factory.mktemp("worlds"))
+    return build(WorldSpec("tiny", stages=8, expansion=True), tmp_path_factory.mktemp("worlds"))
 
 
 def folder(world: Path, name: str) -> Path:
-    return world / {"msvd_qa": "msvd"}.get(name, name)
+    return world / {"msvd_qa": "msvd", "letters": "expansion/avip"}.get(name, name)
 
 
 def write(path: Path, content: object) -> None:
@@ -352,6 +352,26 @@ INPUTS = {"vision": ["a.png"], "video": ["a.mp4"], "audio": ["a.wav"], "point": 
             "mcub",
             {"MCUB-4.json": [{"id": 1, "modal_inputs": INPUTS | {"smell": []}, "conversations": [HUMAN, MACHINE]}]},
             r"MCUB-4\.json: question 1 has inputs of unknown kinds \['smell'\]",
+        ),
+        (
+            "letters",
+            {"test.json": [{"id": 1, "modal_inputs": {"smell": ["a"]}, "conversations": [HUMAN, MACHINE]}]},
+            r"test\.json: question 1 has inputs of unknown kinds \['smell'\]",
+        ),
+        (
+            "letters",
+            {"test.json": [{"id": 1, "modal_inputs": {"video": "a"}, "conversations": [HUMAN, MACHINE]}]},
+            r"test\.json: question 1 has modal_inputs\.video = 'a'; a list of paths is expected",
+        ),
+        (
+            "letters",
+            {
+                "test.json": [
+                    {"id": i, "modal_inputs": {name: ["a"]}, "conversations": [HUMAN, MACHINE]}
+                    for i, name in enumerate(("video", "audio"))
+                ]
+            },
+            r"questions over \('video',\) and over \('audio',\)\. One task asks over the same inputs",
         ),
         (
             "mcub",

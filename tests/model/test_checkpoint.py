@@ -158,7 +158,7 @@ def test_growing_goes_on_after_loading(base: Path, saved: tuple[Path, Path, list
 
 def test_the_manifest_tells_the_story(base: Path, saved: tuple[Path, Path, object]) -> None:
     manifest = read_manifest(saved[1])
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["history"] == [{"stage": "image"}, {"stage": "point"}]
     assert manifest["llm"] == {"source": str(base), "sha256": hash_llm(base)}
     assert manifest["ledger"] == ["ledger/000.safetensors", "ledger/001.safetensors"]
@@ -321,8 +321,8 @@ def other_base(folder: Path) -> None:
     [
         (missing_manifest, r"copy: no manifest\.json; every checkpoint has one\. Check the path"),
         (no_json, r"manifest\.json: not JSON \(.*\)\. The file was damaged; use another copy"),
-        (unknown_format, r"manifest\.json: format 99; this version reads 1\. Use the version that wrote it"),
-        (no_format, r"manifest\.json: format None; this version reads 1"),
+        (unknown_format, r"manifest\.json: format 99; this version reads 1 to 2\. Use the version that wrote it"),
+        (no_format, r"manifest\.json: format None; this version reads 1 to 2"),
         (no_ledger, r"manifest\.json: 'ledger' is no list"),
         (no_model, r"manifest\.json: 'model' is incomplete \('llm'\)"),
         (no_hash, r"manifest\.json: 'connectors\.image\.safetensors' has no sha256 or bytes"),

@@ -25,7 +25,7 @@ from graftlm.data.miniworld.words import (
     TEXTURES,
 )
 
-__all__ = ["FORMATS", "Instruction", "draw_instruction"]
+__all__ = ["FORMATS", "Instruction", "draw_instruction", "pool_of"]
 
 FORMATS = ("word", "letter", "list", "yes_no", "sentence")
 """Forms of an answer, each named in the instruction."""
@@ -71,7 +71,7 @@ def _ask(form: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str] |
         return None
     question = pick(rng, fitting)
     if form == "letter":
-        pool = _pool(question.answer)
+        pool = pool_of(question.answer)
         wrong = [word for word in pool if word != question.answer]
         picked = [wrong[index] for index in rng.permutation(len(wrong))[:3]]
         letter = pick(rng, LETTERS)
@@ -85,12 +85,13 @@ def _fits(question: Question, form: str) -> bool:
         case "yes_no":
             return question.kind == "yes_no"
         case "letter":
-            return bool(_pool(question.answer))
+            return bool(pool_of(question.answer))
         case _:
             return question.kind != "yes_no" and " " not in question.answer
 
 
-def _pool(answer: str) -> tuple[str, ...]:
+def pool_of(answer: str) -> tuple[str, ...]:
+    """The words among which an answer can be chosen by letter; empty where there are no others of its kind."""
     return next((pool for pool in _POOLS if answer in pool), ())
 
 

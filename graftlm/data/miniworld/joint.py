@@ -17,7 +17,7 @@ from graftlm.data.miniworld.language import pick
 from graftlm.data.miniworld.scenes import AudioScene, ImageScene, PointScene, Scene, Split, VideoScene, draw
 from graftlm.data.miniworld.words import BRIGHTNESS, COLORS, INSTRUMENTS, LETTERS, NUMBERS
 
-__all__ = ["KINDS", "JointQuestion", "draw_joint", "offer"]
+__all__ = ["KINDS", "JointQuestion", "colors_of", "draw_joint", "offer", "shuffled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +63,22 @@ def offer(
 _Drawn = tuple[dict[str, Scene], str, str, list[str]]
 
 
-def _shuffled(rng: np.random.Generator, values: Sequence[int]) -> list[int]:
+def shuffled(rng: np.random.Generator, values: Sequence[int]) -> list[int]:
+    """The values in random order."""
     return [values[index] for index in rng.permutation(len(values))]
 
 
-def _image_colors(scene: ImageScene) -> set[int]:
-    return {thing.color for thing in scene.things}
-
-
-def _video_colors(scene: VideoScene) -> set[int]:
-    return {scene.color, scene.turned} - {-1}
-
-
-def _point_colors(scene: PointScene) -> set[int]:
-    return {part.color for part in scene.parts}
+def colors_of(scene: Scene) -> set[int]:
+    """The colours that a picture, a clip or a model shows; a sound has none."""
+    match scene:
+        case ImageScene():
+            return {thing.color for thing in scene.things}
+        case VideoScene():
+            return {scene.color, scene.turned} - {-1}
+        case PointScene():
+            return {part.color for part in scene.parts}
+        case AudioScene():
+            return set()
 
 
 def _same_color(rng: np.random.Generator, split: Split) -> tuple[dict[str, Scene], int, list[int]]:
@@ -84,30 +86,21 @@ def _same_color(rng: np.random.Generator, split: Split) -> tuple[dict[str, Scene
     while True:
         color = int(rng.integers(len(COLORS)))
         scenes: dict[str, Scene] = {
-            "image": draw("image", rng, split, wanted=lambda scene: color in _image_colors(scene)),  # noqa: B023
-            "video": draw("video", rng, split, wanted=lambda scene: color in _video_colors(scene)),  # noqa: B023
+            "image": draw("image", rng, split, wanted=lambda scene: color in colors_of(scene)),  # noqa: B023
+            "video": draw("video", rng, split, wanted=lambda scene: color in colors_of(scene)),  # noqa: B023
             "audio": draw("audio", rng, split),
-            "point": draw("point", rng, split, wanted=lambda scene: color in _point_colors(scene)),  # noqa: B023
+            "point": draw("point", rng, split, wanted=lambda scene: color in colors_of(scene)),  # noqa: B023
         }
         shown = _shown(scenes)
         shared, some = set.intersection(*shown), set.union(*shown) - {color}
         if shared == {color} and some:
             absent = [other for other in range(len(COLORS)) if other not in some and other != color]
-            return scenes, color, _shuffled(rng, sorted(some)) + _shuffled(rng, absent)
+            return scenes, color, shuffled(rng, sorted(some)) + shuffled(rng, absent)
 
 
 def _shown(scenes: dict[str, Scene]) -> list[set[int]]:
     """The colours of each picture."""
-    colors: list[set[int]] = []
-    for scene in scenes.values():
-        match scene:
-            case ImageScene():
-                colors.append(_image_colors(scene))
-            case VideoScene():
-                colors.append(_video_colors(scene))
-            case PointScene():
-                colors.append(_point_colors(scene))
-    return colors
+    return [colors_of(scene) for name, scene in scenes.items() if name != "audio"]
 
 
 def _color(rng: np.random.Generator, split: Split) -> _Drawn:
@@ -122,7 +115,7 @@ def _combination(rng: np.random.Generator, split: Split) -> _Drawn:
     audio = scenes["audio"]
     assert isinstance(audio, AudioScene)  # narrows the type; `draw` made it
     right = COLORS[color], INSTRUMENTS[audio.instrument]
-    silent = _shuffled(rng, [index for index in range(len(INSTRUMENTS)) if index != audio.instrument])
+    silent = shuffled(rng, [index for index in range(len(INSTRUMENTS)) if index != audio.instrument])
     color_of_some, silent_one = COLORS[others[0]], INSTRUMENTS[silent[0]]
     wrong = [(color_of_some, right[1]), (right[0], silent_one), (color_of_some, silent_one)]
     text = "which color do all views share and which instrument plays ?"

@@ -16,6 +16,7 @@ TASKS = Registry(
         "cap3d": "graftlm.data.tasks.cap3d:load",
         "cap3d_qa": "graftlm.data.tasks.cap3d_qa:load",
         "mcub": "graftlm.data.tasks.mcub:load",
+        "letters": "graftlm.data.tasks.letters:load",
         "instructions": "graftlm.data.tasks.instructions:load",
     },
     "graftlm.tasks",

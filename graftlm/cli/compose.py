@@ -14,6 +14,7 @@ from graftlm.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from graftlm.merging.forecast import Forecast
+    from graftlm.merging.recipe import Recipe
 
 __all__ = ["compose", "is_recipe", "read_recipe", "show_forecast"]
 
@@ -41,6 +42,16 @@ def compose(
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the base's by default.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="One per core by default.")] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibrate", metavar="KEY=V1,V2...", help="Choose a setting on validation data.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Data sets to calibrate on; by default those of the run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Samples per data set when calibrating.")] = None,
     ram: Annotated[float, typer.Option("--ram", min=0.1, help="Gigabytes of memory that it may take.")] = 2.0,
     plan_only: Annotated[bool, typer.Option("--plan", help="Only say what it would read, write and take.")] = False,
 ) -> None:
@@ -54,6 +65,7 @@ def compose(
     Examples:
       graftlm compose mmer --model image=A --model audio=B --out both density=0.8 image.significance=0.6
       graftlm compose ties --base llama --model chat=C --model code=D --out merged density=0.2
+      graftlm compose mmer --model image=A --model audio=B --out both --calibrate significance=0.3,0.6,0.9 --data world
       graftlm compose recipe.yaml --out merged
     """  # noqa: D301  click reads the \b
     recipe = read_recipe(what, settings or [], model or [], base, dtype)
@@ -65,6 +77,8 @@ def compose(
     checked = Recipe.from_dict(recipe)
     if out is None and not plan_only:
         raise ConfigError("--out: missing; the folder to make is expected.")
+    if calibrate and out is not None and not plan_only:
+        checked = _calibrated(checked, calibrate, data, limit, out)
     if checked.rule == EXPERTS:
         from graftlm.merging.damc import open_experts
 
@@ -82,6 +96,31 @@ def compose(
     finally:
         steps.close()
     output().print(f"composed: {out}", markup=False, soft_wrap=True)
+
+
+def _calibrated(recipe: "Recipe", settings: list[str], data: Path | None, limit: int | None, out: Path) -> "Recipe":
+    from graftlm.cli.evaluate import read_tasks
+    from graftlm.experiment.calibrate import calibrate, calibration_folder
+    from graftlm.experiment.reading import parse
+
+    grid = {}
+    for pair in settings:
+        key, mark, values = pair.partition("=")
+        if not mark or not key or not values:
+            raise ConfigError(f"--calibrate {pair}: KEY=V1,V2... is expected, for example significance=0.3,0.6,0.9.")
+        grid[key] = [parse(value, pair) for value in values.split(",")]
+    steps = Steps(errors())
+    try:
+        tasks = read_tasks(Path(next(iter(recipe.models.values()))), data)
+        chosen = calibrate(recipe, grid, tasks, calibration_folder(out), limit=limit, progress=steps.tell)
+    except KeyboardInterrupt:
+        errors().print("stopped; the same command continues.")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        steps.close()
+    own = "".join(f", {name} {dict(values)}" for name, values in chosen.per_model.items())
+    output().print(f"chosen: {dict(chosen.settings)}{own}", markup=False, soft_wrap=True)
+    return chosen
 
 
 def read_recipe(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.table import Table
 
-from graftlm.cli.evaluate import _answerable, _choose, _tasks
+from graftlm.cli.evaluate import answerable_tasks, choose_tasks, read_tasks
 from graftlm.cli.progress import Steps, listener
 from graftlm.cli.run import INTERRUPTED
 from graftlm.cli.terminal import errors, output
@@ -226,8 +226,8 @@ def _data_sets(
     from graftlm.core.files import read_json
 
     modalities = [each["name"] for each in read_json(checkpoint / "manifest.json")["modalities"]]
-    known = _answerable(_tasks(checkpoint, data), modalities, split)
-    chosen = _choose(known, ",".join(names))
+    known = answerable_tasks(read_tasks(checkpoint, data), modalities, split)
+    chosen = choose_tasks(known, ",".join(names))
     return [dataclasses.replace(task, metric=metric) if metric else task for task in chosen]
 
 

@@ -16,7 +16,7 @@ from graftlm.experiment.store import RunStore
 if TYPE_CHECKING:
     from graftlm.data.types import Task
 
-__all__ = ["evaluate"]
+__all__ = ["answerable_tasks", "choose_tasks", "evaluate", "read_tasks"]
 
 MANIFEST = "manifest.json"
 
@@ -54,7 +54,7 @@ def evaluate(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = checkpoints.load(folder, device=device)
-    chosen = _choose(_answerable(_tasks(folder, data), list(model.specs), split), tasks)
+    chosen = choose_tasks(answerable_tasks(read_tasks(folder, data), list(model.specs), split), tasks)
     place = {"data": str(data), "split": split, "limit": limit, "model": hash_file(folder / MANIFEST)}
     target = out or Path("evals") / f"{folder.resolve().parent.name}-{hash_json(place)[:8]}"
     _claim(target, place)
@@ -92,7 +92,7 @@ def _checkpoint(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no checkpoint here ({MANIFEST} is missing). Name a folder that graftlm wrote.")
 
 
-def _tasks(checkpoint: Path, data: Path | None) -> list["Task"]:
+def read_tasks(checkpoint: Path, data: Path | None) -> list["Task"]:
     """The tasks in a folder of data, or of the run that the checkpoint is part of."""
     from graftlm.data import streams
     from graftlm.data.tasks import TASKS
@@ -115,12 +115,13 @@ def _tasks(checkpoint: Path, data: Path | None) -> list["Task"]:
     return [task for stage in stream.stages for task in stage.tasks] + list(stream.probes)
 
 
-def _answerable(tasks: Sequence["Task"], modalities: Sequence[str], split: str) -> list["Task"]:
+def answerable_tasks(tasks: Sequence["Task"], modalities: Sequence[str], split: str) -> list["Task"]:
     """The tasks whose modalities the model knows, with samples in the split."""
     return [task for task in tasks if set(task.modalities) <= set(modalities) and task.measured(split)]
 
 
-def _choose(tasks: Sequence["Task"], names: str | None) -> list["Task"]:
+def choose_tasks(tasks: Sequence["Task"], names: str | None) -> list["Task"]:
+    """The tasks of these names, separated by commas; all of them for None."""
     known = {task.name: task for task in tasks}
     wanted = [name.strip() for name in names.split(",")] if names else list(known)
     for name in wanted:

@@ -6,7 +6,21 @@ import sys
 import typer
 from rich.text import Text
 
-from graftlm.cli import build_base, compose, convert, doctor, evaluate, listing, planning, report, run, versions
+from graftlm.cli import (
+    build_base,
+    compose,
+    consolidate,
+    convert,
+    doctor,
+    evaluate,
+    listing,
+    planning,
+    report,
+    restore,
+    run,
+    tailor,
+    versions,
+)
 from graftlm.cli.terminal import errors
 from graftlm.core.errors import GraftError
 
@@ -30,6 +44,9 @@ app.command("run")(run.run)
 app.command("plan")(planning.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("compose")(compose.compose)
+app.command("restore")(restore.restore)
+app.command("consolidate")(consolidate.consolidate)
+app.command("tailor")(tailor.tailor)
 app.command("doctor")(doctor.doctor)
 app.command("convert")(convert.convert)
 app.command("report")(report.report)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from graftlm.cli.evaluate import _choose, _tasks
+from graftlm.cli.evaluate import choose_tasks, read_tasks
 from graftlm.cli.progress import Steps
 from graftlm.cli.terminal import errors, output
 
@@ -46,7 +46,7 @@ def tailor(
     from graftlm.experiment.tailoring import tailor_model
     from graftlm.model.features import FeatureCache
 
-    chosen = _choose(_tasks(tuned, data), tasks)
+    chosen = choose_tasks(read_tasks(tuned, data), tasks)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = Steps(errors())

@@ -17,7 +17,10 @@ from graftlm.experiment.spec import library, load
 from graftlm.experiment.store import RunStore
 from graftlm.experiment.tables import TABLES, registry
 
-COMMANDS = ("run", "plan", "eval", "compose", "doctor", "convert", "report", "list", "build-base", "version")
+COMMANDS = (
+    *("run", "plan", "eval", "compose", "restore", "consolidate", "tailor", "doctor", "convert"),
+    *("report", "list", "build-base", "version"),
+)
 
 SUMMARY = {
     "name": "mera-miniworld",

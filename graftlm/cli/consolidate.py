@@ -1,5 +1,6 @@
 """``graftlm consolidate``: how much of a fine-tune to keep, so that its base is not forgotten."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -7,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.table import Table
 
-from graftlm.cli.evaluate import answerable_tasks, choose_tasks, read_tasks
+from graftlm.cli.evaluate import answerable_tasks, read_tasks
 from graftlm.cli.progress import Steps, listener
 from graftlm.cli.run import INTERRUPTED
 from graftlm.cli.terminal import errors, output
-from graftlm.core.errors import ConfigError
+from graftlm.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from graftlm.data.types import Task
@@ -121,7 +122,7 @@ def consolidate(
       graftlm consolidate --base llama --tuned adapter --as model --rule model_mix --alpha 0.5 --out whole
       graftlm consolidate --base llama --tuned adapter --sweep alpha=0:1:0.05 --new new.jsonl --keep old.jsonl --out best
       graftlm consolidate --tuned runs/mine/methods/finetune/2-audio/checkpoint --base
-        runs/mine/methods/finetune/1-image/checkpoint --sweep alpha=0.1,0.2,0.5 --new clotho --keep coco --out best
+        runs/mine/methods/finetune/1-image/checkpoint --sweep alpha=0.1,0.2,0.5 --new clotho_aqa --keep coco --out best
     """  # noqa: D301  click reads the \b
     if tuned is None:
         raise ConfigError("--tuned: missing; the folder of the fine-tune is expected.")
@@ -204,7 +205,8 @@ def _measure(
     if metric is not None:
         check_metric(metric)
     if kind(tuned) == "graftlm":
-        learned, kept = _data_sets(tuned, new, data, metric, split), _data_sets(tuned, keep, data, metric, split)
+        known = _known(tuned, data, split)
+        learned, kept = _choose(known, new, metric, "--new"), _choose(known, keep, metric, "--keep")
         return Measure(learned, kept, split, limit, batch_size)
     if data is not None:
         raise ConfigError(
@@ -218,17 +220,21 @@ def _measure(
     return Measure(learned, kept, "val", limit, batch_size)
 
 
-def _data_sets(
-    checkpoint: Path, names: Sequence[str], data: Path | None, metric: str | None, split: str
-) -> list["Task"]:
-    import dataclasses
-
+def _known(checkpoint: Path, data: Path | None, split: str) -> dict[str, "Task"]:
+    """The data sets that a checkpoint can answer."""
     from graftlm.core.files import read_json
 
     modalities = [each["name"] for each in read_json(checkpoint / "manifest.json")["modalities"]]
-    known = answerable_tasks(read_tasks(checkpoint, data), modalities, split)
-    chosen = choose_tasks(known, ",".join(names))
-    return [dataclasses.replace(task, metric=metric) if metric else task for task in chosen]
+    return {task.name: task for task in answerable_tasks(read_tasks(checkpoint, data), modalities, split)}
+
+
+def _choose(known: dict[str, "Task"], names: Sequence[str], metric: str | None, option: str) -> list["Task"]:
+    chosen = []
+    for name in (name.strip() for listed in names for name in listed.split(",")):
+        if name not in known:
+            raise ConfigError(f"{option}: no data set '{name}' that this model can answer; {did_you_mean(name, known)}")
+        chosen.append(dataclasses.replace(known[name], metric=metric) if metric else known[name])
+    return chosen
 
 
 def _sweep(

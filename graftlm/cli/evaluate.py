@@ -33,6 +33,9 @@ def evaluate(
     split: Annotated[Literal["test", "val"], typer.Option("--split")] = "test",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many items per task.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="Of a composed checkpoint: expand (the default) or retain:NAME.")
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device")] = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for predictions and scores; a folder in evals/ by default.")
@@ -44,6 +47,7 @@ def evaluate(
     Examples:
       graftlm eval runs/mera-miniworld/methods/mera/4-point
       graftlm eval runs/mera-miniworld/methods/mera/4-point/checkpoint --tasks coco,okvqa --split val
+      graftlm eval composed --mode retain:image --data world
     """  # noqa: D301  click reads the \b
     folder = _checkpoint(checkpoint)
     import torch  # slow: after the arguments are known to be right
@@ -53,9 +57,10 @@ def evaluate(
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = checkpoints.load(folder, device=device)
+    model = checkpoints.load(folder, device=device, mode=mode)
     chosen = choose_tasks(answerable_tasks(read_tasks(folder, data), list(model.specs), split), tasks)
     place = {"data": str(data), "split": split, "limit": limit, "model": hash_file(folder / MANIFEST)}
+    place |= {"mode": mode} if mode else {}
     target = out or Path("evals") / f"{folder.resolve().parent.name}-{hash_json(place)[:8]}"
     _claim(target, place)
     progress = listener(errors())

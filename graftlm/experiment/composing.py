@@ -1,6 +1,7 @@
 """The cells of a run that composes experts: choose settings, compose, and measure what was expanded, kept and forgotten.
 
     candidates/<hash>.json              a setting that was tried, with its scores on validation data
+    own/<composer>/<stage>/             an expert that learned its stage as this composer needs it
     composers/<name>/tuning.json        every setting that was compared, and the chosen one
     composers/<name>/composed/          the composed checkpoint
     composers/<name>/expand/            scores with all modalities in one model
@@ -20,6 +21,7 @@ Differs: the paper calibrates λ per modality without saying on what, and does n
 
 import dataclasses
 import itertools
+import math
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,23 +39,30 @@ from graftlm.data.types import Phase, Stage, Stream, Task
 from graftlm.evaluation import gains, suite
 from graftlm.evaluation.blind import blind
 from graftlm.experiment.cells import EVALUATION_UNIT, Cell, Told, Worker
+from graftlm.experiment.originals import expand_originals
 from graftlm.experiment.progress import Progress
 from graftlm.experiment.settings import ComposerSettings, ForgettingSettings, StudySettings
 from graftlm.experiment.sizes import count
 from graftlm.experiment.spec import ExperimentSpec
 from graftlm.experiment.stages import LearnedStage, StageStore, cache_folder, copy_linked
 from graftlm.experiment.store import RunStore
+from graftlm.learning.method import Method, check_adapters
 from graftlm.learning.phase import Schedule
 from graftlm.merging.compose import compose
 from graftlm.merging.mmer import storage_bits
-from graftlm.merging.recipe import PER_MODEL, Recipe
+from graftlm.merging.recipe import EXPERTS, PER_MODEL, Recipe
 from graftlm.merging.tailor import hessian, tailor
+from graftlm.methods import build as build_methods
 from graftlm.model import checkpoint
+from graftlm.model.composed import read_header
 from graftlm.model.multimodal import MultimodalLM
 
 __all__ = ["ComposingWorker", "check", "plan_cells", "summarise", "units"]
 
-ROUTED = ("mmer", "signs")
+ORIGINALS = "originals"
+"""In the place of a rule: nothing is merged, see `originals`."""
+
+ROUTED = ("mmer", "signs", EXPERTS)
 """Rules that keep every original apart."""
 
 EXPANSION = "expansion_"
@@ -77,11 +86,13 @@ class Model:
         name: of its route.
         tasks: what it is measured on.
         learned: where it is.
+        home: where its own scores are kept.
     """
 
     name: str
     tasks: tuple[Task, ...]
     learned: LearnedStage
+    home: Path
 
 
 @dataclass(frozen=True)
@@ -109,13 +120,14 @@ def check(spec: ExperimentSpec) -> None:
     """
     composers = spec.composers or {}
     for name, composer in composers.items():
-        for values in _grid(composer.tune):
+        _check_experts(f"composers.{name}", composer)
+        for values in _grid(composer.tune) if composer.rule != ORIGINALS else ():
             try:
                 Recipe(composer.rule, {"a": "a", "b": "b"}, settings={**composer.settings, **values})
             except (MergeError, TypeError) as error:
                 raise ConfigError(f"composers.{name}: {error}") from None
     study = spec.study or StudySettings()
-    named = {"study.ablation": study.ablation}
+    named: dict[str, str | None] = {"study.ablation": study.ablation}
     if study.sweep:
         named["study.sweep.composer"] = study.sweep.composer
     if study.forgetting:
@@ -132,10 +144,27 @@ def check(spec: ExperimentSpec) -> None:
             )
 
 
+def _check_experts(path: str, composer: ComposerSettings) -> None:
+    """Whether a composer's own experts can be learned, and are there where the rule needs them."""
+    if composer.rule == EXPERTS and composer.experts is None:
+        raise ConfigError(
+            f"{path}.experts: missing; rule {EXPERTS} composes experts that were trained for it. Name their ingredients, "
+            f"for example experts: [damc]."
+        )
+    if composer.experts:
+        check_adapters(build_methods(composer.experts.methods, f"{path}.experts.methods"))
+    if composer.rule == ORIGINALS and (composer.settings or composer.tune or composer.per_model or composer.experts):
+        raise ConfigError(
+            f"{path}: rule {ORIGINALS} routes the experts as they are, and has no settings. Leave them out."
+        )
+
+
 def plan_cells(spec: ExperimentSpec, stream: Stream) -> list[Cell]:
     """Experts; then composers and what needs no chosen setting; then what builds on a composer's settings."""
     study = spec.study or StudySettings()
     cells = [*(Cell("expert", stage.name) for stage in stream.stages), Cell("base", "")]
+    for name, composer in (spec.composers or {}).items():
+        cells += [Cell("own", f"{name}/{stage.name}") for stage in stream.stages if composer.experts]
     if study.forgetting:
         cells += [Cell("later", "+".join(stage.name for stage in chain[1:]), 1) for chain in chains(spec, stream)]
     cells += [Cell("composer", name, 1) for name in spec.composers or ()]
@@ -217,6 +246,9 @@ def units(spec: ExperimentSpec, stream: Stream, cell: Cell) -> float:
     if cell.kind == "later":
         later = [stage for stage in stream.later if stage.name in cell.name.split("+")]
         return float(sum(len(stage.samples()) for stage in later) * later_phase(spec).epochs)
+    if cell.kind == "own":
+        stage = _stage(stream, cell.name.partition("/")[2])
+        return cells.units(spec, stream, Cell("expert", stage.name)) * 1.5
     if cell.kind == "sweep" and study.sweep:
         return EVALUATION_UNIT * len(study.sweep.density) * len(study.sweep.significance) * tried * 1.5
     if cell.kind == "count" and study.counts and spec.composers:
@@ -246,6 +278,16 @@ def _stage(stream: Stream, name: str) -> Stage:
 
 def _expansions(stream: Stream) -> list[Task]:
     return [probe for probe in stream.probes if probe.name.startswith(EXPANSION)]
+
+
+def own_schedule(spec: ExperimentSpec, composer: ComposerSettings) -> Schedule:
+    """The phases of a composer's own experts."""
+    from graftlm.experiment.build import changed
+
+    plain = spec.schedule()
+    if composer.experts is None:
+        return plain
+    return Schedule((*plain.phases[:-1], changed(plain.phases[-1], composer.experts.phase)), plain.realign)
 
 
 def later_phase(spec: ExperimentSpec) -> Phase:
@@ -296,19 +338,43 @@ class ComposingWorker(Worker):
         for stage in self.stream.stages:
             if stage.name in wanted and stage.name not in self._experts:
                 learned = self.stages.obtain(stage, [], [], None)
-                self._experts[stage.name] = Model(stage.name, stage.tasks, learned)
+                home = self.store.expert(stage.name)
+                self._experts[stage.name] = Model(stage.name, stage.tasks, learned, home)
         return [self._experts[stage.name] for stage in self.stream.stages if stage.name in wanted]
+
+    def _models(self, composer: str, names: Iterable[str] | None = None) -> list[Model]:
+        """What a composer composes: the experts, or its own."""
+        settings = self.composers[composer]
+        if settings.experts is None:
+            return self._originals(names)
+        schedule = own_schedule(self.spec, settings)
+        store = StageStore(cache_folder(), self.spec.model_spec(), schedule, self.spec.seed, self.spec.device_name())
+        wanted = set(names or [stage.name for stage in self.stream.stages])
+        models = []
+        for stage in self.stream.stages:
+            if stage.name in wanted:
+                methods: list[Method] = build_methods(settings.experts.methods, f"composers.{composer}.experts.methods")
+                learned = store.obtain(stage, [], methods, None)
+                models.append(Model(stage.name, stage.tasks, learned, self.out / "own" / composer / stage.name))
+        return models
+
+    def _own(self, name: str, folder: Path) -> dict[str, Any]:
+        composer, _, stage = name.partition("/")
+        (model,) = self._models(composer, [stage])
+        if not is_complete(folder / "stage"):
+            copy_linked(model.learned.folder, folder / "stage")
+        return {"scores": self._answer(self._open(model.learned.checkpoint), model.tasks, folder)}
 
     def _scores_of_expert(self, name: str, split: Split, limit: int | None) -> dict[str, float]:
         (expert,) = self._originals([name])
-        return self._scores_of(expert, split, limit, self.store.expert(name))
+        return self._scores_of(expert, split, limit)
 
-    def _scores_of(self, model: Model, split: Split, limit: int | None, folder: Path) -> dict[str, float]:
+    def _scores_of(self, model: Model, split: Split, limit: int | None) -> dict[str, float]:
         """An original's own scores on part of a split, measured once per run."""
-        place = folder / f"{split}-{limit or 'all'}"
-        with locked(folder / f".{place.name}.lock", wait=3600.0):
+        place = model.home / f"{split}-{limit or 'all'}"
+        with locked(model.home / f".{place.name}.lock", wait=3600.0):
             if not (place / "scores.json").is_file():
-                self._answer(self.stages.load(model.learned), model.tasks, place, split, limit)
+                self._answer(self._open(model.learned.checkpoint), model.tasks, place, split, limit)
         return _values(place)
 
     def _answer(
@@ -399,7 +465,7 @@ class ComposingWorker(Worker):
         if not known:
             return Choice(composer.rule, settings, per_model)
         limit = self.study.tuning.limit
-        originals = {m.name: self._scores_of(m, "val", limit, self._home(m)) for m in models}
+        originals = {m.name: self._scores_of(m, "val", limit) for m in models}
         own = {key: values for key, values in known.items() if key in PER_MODEL.get(composer.rule, ())}
         shared = {key: values for key, values in known.items() if key not in own}
         rows: list[dict[str, Any]] = []
@@ -425,17 +491,35 @@ class ComposingWorker(Worker):
         )
         return best[1]
 
-    def _home(self, model: Model) -> Path:
-        """Where an original's own scores are kept."""
-        known = {stage.name for stage in self.stream.stages}
-        return self.store.expert(model.name) if model.name in known else self.out / "later" / model.name
-
     # kinds of cells
 
     def _composer(self, name: str, folder: Path) -> dict[str, Any]:
-        models = self._originals()
+        models = self._models(name)
+        if self.composers[name].rule == ORIGINALS:
+            return self._measured_originals(models, folder)
         choice = self._tune(self.composers[name], models, folder)
         return self._measured(choice, models, folder, shown=name == self.study.ablation)
+
+    def _measured_originals(self, models: Sequence[Model], folder: Path) -> dict[str, Any]:
+        """The experts as they are, and all of them in one model without loss."""
+        experts = {model.name: model.learned.checkpoint for model in models}
+        expanded = expand_originals(experts, folder / "parts", self._open)
+        result = self._expanded(expanded, models, folder)
+        scores = {model.name: _values(model.home) for model in models}
+        size = sum(_size(model.learned.checkpoint) for model in models)
+        shutil.rmtree(folder / "parts")
+        return {"rule": ORIGINALS, "settings": {}, "per_model": {}, "scores": scores, "bytes": size} | result
+
+    def _expanded(self, model: MultimodalLM, models: Sequence[Model], folder: Path) -> dict[str, Any]:
+        """Scores of one model with all modalities: per expert's tasks, per combination, and of the other probes."""
+        joint = _expansions(self.stream)
+        others = [probe for probe in self.stream.probes if probe not in joint]
+        scores = self._answer(model, [*_all_tasks(models), *joint, *others], folder / "expand")
+        return {
+            "expanded": {m.name: {task.name: scores[task.name] for task in m.tasks} for m in models},
+            "expansion": {task.name.removeprefix(EXPANSION): scores[task.name] for task in joint},
+            "probes": {task.name: scores[task.name] for task in others},
+        }
 
     def _measured(
         self, choice: Choice, models: Sequence[Model], folder: Path, *, shown: bool = False
@@ -445,38 +529,34 @@ class ComposingWorker(Worker):
         if not (composed / checkpoint.MANIFEST).is_file():
             compose(choice.recipe(models), composed, threads=1)
         milestone("composed")
-        joint = _expansions(self.stream)
-        others = [probe for probe in self.stream.probes if probe not in joint]
         first = [model for model in models if model.name in {stage.name for stage in self.stream.stages}]
-        expanded = self._open(composed)
-        scores = self._answer(expanded, [*_all_tasks(first), *joint, *others], folder / "expand")
+        model = self._open(composed)
+        expanded = self._expanded(model, first, folder)
         if shown:
+            joint = _expansions(self.stream)
             tasks = [blind(task, seeds.derive(self.spec.seed, "blind", task.name)) for task in joint]
-            self._answer(expanded, tasks, folder / "blind")
-        del expanded
-        kept = {m.name: {task.name: scores[task.name] for task in m.tasks} for m in first}
+            values = self._answer(model, tasks, folder / "blind")
+            expanded["blind"] = {task.removeprefix(EXPANSION): value for task, value in values.items()}
+        del model
+        kept = expanded["expanded"]
         if choice.rule in ROUTED:
             kept = self._retained(choice.rule, composed, models, folder, None, None)
         record = checkpoint.read_manifest(composed)["history"][-1]
-        result = {
+        return {
             "rule": choice.rule,
             "settings": dict(choice.settings),
             "per_model": {model: dict(values) for model, values in choice.per_model.items()},
             "scores": kept,
-            "expanded": {m.name: {task.name: scores[task.name] for task in m.tasks} for m in first},
-            "expansion": {task.name.removeprefix(EXPANSION): scores[task.name] for task in joint},
-            "probes": {task.name: scores[task.name] for task in others},
             "mask_share": record.get("mask_share", {}),
             "bytes": _size(composed),
+            "routing": _routing(composed),
+            **expanded,
         }
-        if shown:
-            result["blind"] = {t.removeprefix(EXPANSION): value for t, value in _values(folder / "blind").items()}
-        return result
 
     def _sweep(self, name: str, folder: Path) -> dict[str, Any]:
         assert self.study.sweep is not None  # the cell is there because of it
         models, limit = self._originals(), self.study.tuning.limit
-        originals = {m.name: self._scores_of(m, "val", limit, self._home(m)) for m in models}
+        originals = {m.name: self._scores_of(m, "val", limit) for m in models}
         rows = []
         for density, significance in itertools.product(self.study.sweep.density, self.study.sweep.significance):
             settings = {**self.composers[name].settings, "density": density, "significance": significance}
@@ -498,11 +578,12 @@ class ComposingWorker(Worker):
 
     def _count(self, name: str, folder: Path) -> dict[str, Any]:
         assert self.study.counts is not None  # the cell is there because of it
-        models, limit, split = self._originals(name.split("+")), self.study.counts.limit, self.spec.evaluate.split
-        originals = {m.name: self._scores_of(m, split, limit, self._home(m)) for m in models}
+        names, limit, split = name.split("+"), self.study.counts.limit, self.spec.evaluate.split
+        models = self._originals(names)
+        originals = {m.name: self._scores_of(m, split, limit) for m in models}
         results = {}
         for composer in self.study.counts.composers:
-            place = folder / composer
+            place, models = folder / composer, self._models(composer, names)
             if not (place / "result.json").is_file():
                 choice = self._tune(self.composers[composer], models, place)
                 shutil.rmtree(place / "composed", ignore_errors=True)
@@ -534,7 +615,8 @@ class ComposingWorker(Worker):
             parent = store.obtain(stage, past, [], parent)
             past.append(stage)
             tasks += stage.tasks
-        return Model("+".join(chain), tuple(tasks), parent)
+        name = "+".join(chain)
+        return Model(name, tuple(tasks), parent, self.out / "later" / name)
 
     def _later(self, name: str, folder: Path) -> dict[str, Any]:
         chain = name.split("+")
@@ -570,7 +652,8 @@ class ComposingWorker(Worker):
     def _tailor(self, owner: str, tasks: Sequence[str], folder: Path) -> dict[str, Any]:
         """Model Tailor: patches of the new tasks in the expert; the size of the patch is chosen on validation data.
 
-        Two patches are both sewn in; where they overlap, their mean.
+        Two tasks of one modality: the paper does not say how. Here both patches are sewn in; where they overlap, their mean.
+        Of two modalities: one patched expert each, since a patch belongs to one model.
         """
         assert self.study.forgetting is not None  # asked for by a cell that is there because of it
         (expert,) = self._originals([owner])
@@ -582,21 +665,21 @@ class ComposingWorker(Worker):
             after, inputs = _linear_weights(tuned), _hessians(tuned, model.tasks, self.study.forgetting.calibration)
             for share, sewn in patches.items():
                 sewn.add({key: tailor(before[key], after[key], hessian=inputs[key], share=share) for key in before})
-        measured = Model(owner, (*expert.tasks, *(task for model in new for task in model.tasks)), expert.learned)
+        tasks_of_all = (*expert.tasks, *(task for model in new for task in model.tasks))
         limit = self.study.tuning.limit
-        originals = self._scores_of(expert, "val", limit, self._home(expert))
+        originals = self._scores_of(expert, "val", limit)
         for model in new:
-            originals = {**originals, **self._scores_of(model, "val", limit, self._home(model))}
+            originals = {**originals, **self._scores_of(model, "val", limit)}
         tried = {}
         for share, sewn in patches.items():
             place = folder / f"share-{share}"
-            scores = self._answer(self._sewn(expert, sewn), measured.tasks, place, "val", limit)
+            scores = self._answer(self._sewn(expert, sewn), tasks_of_all, place, "val", limit)
             parts = [[task.name for task in expert.tasks], [task.name for model in new for task in model.tasks]]
             tried[share] = statistics.fmean(
                 gains.retention({t: scores[t] for t in part}, {t: originals[t] for t in part}) for part in parts
             )
         share = max(tried, key=lambda share: tried[share])
-        scores = self._answer(self._sewn(expert, patches[share]), measured.tasks, folder / "test")
+        scores = self._answer(self._sewn(expert, patches[share]), tasks_of_all, folder / "test")
         return {"share": share, "tried": {str(key): value for key, value in tried.items()}, "scores": scores}
 
     def _sewn(self, expert: Model, patches: "_Patches") -> MultimodalLM:
@@ -609,6 +692,7 @@ class ComposingWorker(Worker):
 
 
 FOLDERS = {
+    "own": "own",
     "composer": "composers",
     "sweep": "sweep",
     "ablation": "ablation",
@@ -686,6 +770,15 @@ def _values(folder: Path) -> dict[str, float]:
     return {task: score["value"] for task, score in read_json(folder / "scores.json").items()}
 
 
+def _routing(folder: Path) -> dict[str, int]:
+    """Of what routes add: bytes on disk, and numbers in the LoRAs of one half (modality or text) of one expert."""
+    files = sorted((folder / "routing").glob("*.safetensors"))
+    shapes = {key: shape for file in files for key, (shape, _) in read_header(file).items()}
+    halves = {tuple(key.split(".")[-2:-1]) for key in shapes if key.endswith(".A")}
+    numbers = sum(math.prod(shape) for key, shape in shapes.items() if key.endswith((".A", ".B")))
+    return {"bytes": sum(file.stat().st_size for file in files), "adapter": numbers // max(1, len(halves))}
+
+
 def _size(folder: Path) -> int:
     """Bytes of weights."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
@@ -699,10 +792,13 @@ def summarise(
 ) -> dict[str, Any]:
     """What summary.json says about compositions: retention per expert, accuracy per combination, and every study."""
     study, out = spec.study or StudySettings(), store.folder
-    composers = {
-        name: _row(read_json(out / "composers" / name / "result.json"), experts) for name in spec.composers or ()
-    }
-    found: dict[str, Any] = {"composers": composers, "storage": _storage(spec)}
+    composers = {}
+    for name, settings in (spec.composers or {}).items():
+        composers[name] = _row(read_json(out / "composers" / name / "result.json"), experts)
+        if settings.experts:
+            own = {stage: read_json(out / "own" / name / stage / "result.json")["scores"] for stage in experts}
+            composers[name]["own"] = _own_row(composers[name], own, experts)
+    found: dict[str, Any] = {"composers": composers, "storage": _storage(spec, composers)}
     if study.ablation:
         found["ablation"] = {
             name: _row(read_json(out / "ablation" / name / "result.json"), experts) for name in ABLATIONS
@@ -741,34 +837,63 @@ def _row(result: Mapping[str, Any], experts: Mapping[str, Mapping[str, float]]) 
     }
 
 
-def _storage(spec: ExperimentSpec) -> dict[str, Any]:
-    """Numbers of parameters, and bits by the paper's formulas for these experts."""
+def _own_row(
+    row: Mapping[str, Any], own: Mapping[str, Mapping[str, float]], experts: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """A composer's own experts beside the run's, and its result in percent of its own."""
+    kept = {name: gains.retention(row["scores"][name], scores) for name, scores in own.items()}
+    expanded = {name: gains.retention(row["expanded"][name], scores) for name, scores in own.items()}
+    return {
+        "scores": own,
+        "of_experts": {name: gains.retention(own[name], scores) for name, scores in experts.items()},
+        "retention": kept,
+        "retention_mean": statistics.fmean(kept.values()),
+        "expanded_retention": expanded,
+        "expanded_retention_mean": statistics.fmean(expanded.values()),
+    }
+
+
+def _storage(spec: ExperimentSpec, composers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers of parameters, and bits by the paper's formulas for these experts.
+
+    Signs have no formula there: one bit per number and model, and the scales of rows, as they are on disk.
+    """
     sizes = count(spec.model_spec())
     own = statistics.fmean(sizes.encoders[name] + sizes.connectors[name] for name in sizes.encoders)
     models = len(sizes.encoders)
     methods = ("originals", "plain", "mmer")
-    return {
-        "models": models,
-        "llm": sizes.llm,
-        "own": own,
-        "bits": {method: storage_bits(method, models, sizes.llm, own) for method in methods},
-    }
+    bits = {method: storage_bits(method, models, sizes.llm, own) for method in methods}
+    for row in composers.values():
+        if row["rule"] == "signs":
+            bits["signs"] = storage_bits("plain", models, sizes.llm, own) + 8 * row["routing"]["bytes"]
+        if row["rule"] == EXPERTS:
+            bits[EXPERTS] = storage_bits(EXPERTS, models, sizes.llm, own, row["routing"]["adapter"])
+    return {"models": models, "llm": sizes.llm, "own": own, "bits": bits}
 
 
 def _forgetting(
     settings: ForgettingSettings, out: Path, stream: Stream, experts: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
-    """Per scenario: previous and new tasks, kept by the composition, by Model Tailor and by plain fine-tuning."""
+    """Per scenario: previous and new tasks, kept by the composition, by Model Tailor and by plain fine-tuning.
+
+    Model Tailor and fine-tuning know one modality: "previous" of a modality compares all three on its tasks alone.
+    """
     found: dict[str, Any] = {}
     for name, tasks in settings.scenarios.items():
         result = read_json(out / "forgetting" / name / "result.json")
         alone = {task: read_json(out / "later" / task / "result.json") for task in tasks}
         tuned = {task: alone[task]["new"] for task in tasks}
         owners = by_modality(tasks, stream)
+        composed = _row(result, experts)
+        others = [kept for stage, kept in composed["retention"].items() if stage not in owners]
         row: dict[str, Any] = {
             "tasks": list(tasks),
-            "composed": _row(result, experts)
-            | {"new": {task: gains.retention(result["scores"][task], tuned[task]) for task in tasks}},
+            "composed": composed
+            | {
+                "new": {task: gains.retention(result["scores"][task], tuned[task]) for task in tasks},
+                "previous": {owner: composed["retention"][owner] for owner in owners},
+                "others_mean": statistics.fmean(others) if others else None,
+            },
             "untouched": {task: gains.retention(alone[task]["untouched"], tuned[task]) for task in tasks},
             "tailor": {},
             "finetune": {},

@@ -9,6 +9,7 @@ from graftlm.core.errors import ConfigError
 from graftlm.core.files import hash_json
 from graftlm.data.types import Batch, Output, Phase, Sample, Stage, Stream
 from graftlm.experiment import composing
+from graftlm.experiment.settings import ComposerSettings
 from graftlm.experiment.sizes import FORMULA, Sizes, TextLengths, count
 from graftlm.experiment.spec import ExperimentSpec
 from graftlm.learning.fit import FitLog, steps_of
@@ -142,6 +143,8 @@ def plan_stream(spec: ExperimentSpec, stream: Stream) -> Plan:
     if spec.composers is not None:
         for chain in composing.chains(spec, stream):
             walker.later(chain, composing.later_phase(spec))
+        for name, composer in spec.composers.items():
+            walker.own(name, composer, spec, stream)
         compositions = composing.sentences(spec, stream)
     for name, entries in spec.mixes().items():
         walker.walk(name, stream.stages, shelf.build(entries, f"methods.{name}"))
@@ -221,6 +224,18 @@ class _Walker:
         plain, self.schedule = self.schedule, Schedule((phase,), self.schedule.realign)
         try:
             self.stages.append(self._stage("later", chain[-1], tuple(chain[:-1]), [], None))
+        finally:
+            self.schedule = plain
+
+    def own(self, name: str, composer: ComposerSettings, spec: ExperimentSpec, stream: Stream) -> None:
+        """Plan the experts that a composer needs of its own."""
+        if composer.experts is None:
+            return
+        plain, self.schedule = self.schedule, composing.own_schedule(spec, composer)
+        methods = shelf.build(composer.experts.methods, f"composers.{name}.experts.methods")
+        try:
+            for stage in stream.stages:
+                self.stages.append(self._stage(f"expert of {name}", stage, (), methods, None))
         finally:
             self.schedule = plain
 

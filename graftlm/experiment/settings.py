@@ -29,6 +29,7 @@ __all__ = [
     "DataSettings",
     "EncoderSettings",
     "EvaluateSettings",
+    "ExpertsSettings",
     "FolderName",
     "ForgettingSettings",
     "Jobs",
@@ -269,7 +270,29 @@ def _jobs(value: Any) -> Any:
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
-COMPOSER_KEYS = ("rule", "per_model", "tune")
+class ExpertsSettings(Settings):
+    """Experts that a composer needs of its own: ``{methods: [{damc: {rank: 16}}], phase: {lr: {llm: 2e-3}}}``.
+
+    Attributes:
+        methods: ingredients that learn each stage alone.
+        phase: what to change about the last phase of a stage.
+    """
+
+    methods: list[Any]
+    phase: PhaseSettings = PhaseSettings()
+
+    @model_validator(mode="after")
+    def _known(self) -> "ExpertsSettings":
+        _ingredients(self.methods, ".methods")
+        return self
+
+
+def _experts(value: Any) -> Any:
+    """A mere list is of ingredients."""
+    return {"methods": [value] if isinstance(value, str) else value} if isinstance(value, str | list) else value
+
+
+COMPOSER_KEYS = ("rule", "experts", "per_model", "tune")
 """Keys of a composer that are not settings of its rule."""
 
 
@@ -287,20 +310,24 @@ class ComposerSettings(Settings):
     """One way of composing the experts: ``{rule: ties, scale: 1.0, tune: {density: [0.2, 0.8]}}``.
 
     Attributes:
-        rule: a composer of `graftlm.merging.recipe`; ``settings`` are its own and stand beside it in the file.
+        rule: a composer of `graftlm.merging.recipe`, or "originals", which routes exact weights; ``settings`` are its own and
+            stand beside it in the file.
+        experts: what learned the models that are composed; None: all weights of the LLM, as the experts of the run.
         per_model: settings of single experts, by stage.
         tune: per setting the values to choose from, on validation data.
     """
 
     rule: str
     settings: dict[str, Any] = {}
+    experts: Annotated[ExpertsSettings, BeforeValidator(_experts)] | None = None
     per_model: dict[str, dict[str, Any]] = {}
     tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
 
     @model_serializer(mode="plain")
     def _flat(self) -> dict[str, Any]:
         given = {key: each for key in ("per_model", "tune") if (each := getattr(self, key))}
-        return {"rule": self.rule, **self.settings, **given}
+        own = {"experts": self.experts.model_dump(mode="json")} if self.experts else {}
+        return {"rule": self.rule, **self.settings, **own, **given}
 
 
 Composers = Annotated[dict[FolderName, Annotated[ComposerSettings, BeforeValidator(_composer)]], Field(min_length=1)]

@@ -574,8 +574,9 @@ def _scores(
             for part in _parts(samples, min(LIKELIHOOD_BATCH, measure.batch_size)):
                 items += likelihood(model, part)
                 tell(task.name, len(items), len(samples))
-            error = statistics.stdev(items) / math.sqrt(len(items)) if len(items) > 1 else 0.0
-            scores[task.name] = TaskScore(LIKELIHOOD, statistics.fmean(items), len(items), error)
+            value = statistics.fmean(items)
+            error = statistics.stdev(items) / math.sqrt(len(items)) if math.isfinite(value) and len(items) > 1 else 0.0
+            scores[task.name] = TaskScore(LIKELIHOOD, value, len(items), error)
     return scores
 
 

@@ -106,13 +106,13 @@ class Method:
         """The model is still θ_{i-1}: look, label, extend."""
 
     def open(self, ctx: Context) -> StageAdapter:
-        """Make the LLM plastic, at the first phase of a stage that moves it; it must still compute θ_{i-1}.
+        """Make the LLM plastic, at the first phase of a stage that moves it.
 
         Asked of the ingredient whose `adapter` is "own" or "run"; of none, a fresh LoRA is opened as here (or every weight).
 
         Returns:
-            an open adapter, which becomes ``ctx.model.adapter``: its `parameters` are what training moves, its `fold` ends
-            the stage with weights, or a composition, that a checkpoint can hold.
+            an open adapter, which becomes ``ctx.model.adapter``: `parameters` are what training moves, inside `previous` the
+            LLM is θ_{i-1}, and `fold` ends the stage with weights, or a composition, that a checkpoint can hold.
         """
         ctx.model.adapter.open(seeds.derive(ctx.seed, ctx.stage.name, "adapter"))
         return ctx.model.adapter

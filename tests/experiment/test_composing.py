@@ -8,14 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from graftlm.core.errors import ConfigError
 from graftlm.core.files import read_json
 from graftlm.data.miniworld.combinations import COMBINATIONS
 from graftlm.experiment import composing
 from graftlm.experiment.cells import open_stream
+from graftlm.experiment.originals import expand_originals
 from graftlm.experiment.plan import plan
 from graftlm.experiment.spec import ExperimentSpec, load
+from graftlm.model import checkpoint
+from graftlm.model.routing import RoutedLinear
 
 NAME = "mmer-miniworld"
 ORDER = ["image", "video", "audio", "point"]
@@ -23,7 +27,9 @@ QUICK = [
     "data.size=tiny",
     "phases={schedule: miniworld, pretrain: {epochs: 1}, finetune: {epochs: 1, lr: {connectors: 1e-3, llm: 1e-3}}}",
     "composers={ties: {rule: ties, tune: {scale: [0.5, 1.0]}}, "
-    "mmer: {rule: mmer, density: 0.8, tune: {significance: [0.6, 1.2]}}}",
+    "mmer: {rule: mmer, density: 0.8, tune: {significance: [0.6, 1.2]}}, "
+    "damc: {rule: damc, experts: {methods: [{damc: {rank: 4}}], phase: {epochs: 1, lr: {connectors: 1e-3, llm: 5e-3}}}}, "
+    "originals: {rule: originals}}",
     "study.tuning.limit=2",
     "study.sweep={density: [0.8], significance: [0.6, 1.2]}",
     "study.counts={composers: [mmer], sets: [[audio, point]], limit: 2}",
@@ -57,7 +63,7 @@ def composed(finished: Path) -> dict[str, dict]:
 
 
 def test_every_composer_is_measured(composed: dict[str, dict]) -> None:
-    assert list(composed["composers"]) == ["ties", "mmer"]
+    assert list(composed["composers"]) == ["ties", "mmer", "damc", "originals"]
     for row in composed["composers"].values():
         assert list(row["retention"]) == list(row["expanded_retention"]) == ORDER
         assert list(row["expansion"]) == list(COMBINATIONS)
@@ -88,12 +94,37 @@ def test_every_study_is_there(composed: dict[str, dict]) -> None:
     twice = composed["forgetting"]["twice"]
     assert set(twice["composed"]["new"]) == set(twice["untouched"]) == {"okvqa_2", "coco_2"}
     assert set(twice["tailor"]) == set(twice["finetune"]) == {"image"}
-    assert set(composed["storage"]["bits"]) == {"originals", "plain", "mmer"}
+    assert set(twice["composed"]["previous"]) == {"image"}
+    others = [kept for name, kept in twice["composed"]["retention"].items() if name != "image"]
+    assert twice["composed"]["others_mean"] == pytest.approx(sum(others) / 3)
+    assert set(composed["storage"]["bits"]) == {"originals", "plain", "mmer", "damc"}
+
+
+def test_experts_of_a_composers_own(finished: Path, composed: dict[str, dict]) -> None:
+    row = composed["composers"]["damc"]
+    own = read_json(finished / "own/damc/audio/result.json")["scores"]
+    assert row["own"]["scores"]["audio"] == row["scores"]["audio"] == own  # each answers as it did alone
+    assert row["own"]["retention"]["audio"] == 100 and row["own"]["of_experts"] == row["retention"]
+    manifest = read_json(finished / "composers/damc/composed/manifest.json")
+    assert [route["name"] for route in manifest["routing"]["routes"]] == ORDER
+    assert read_json(finished / "own/damc/audio/stage/fit.json")[-1]["trained"]["llm"] > 0
+
+
+def test_originals_keep_their_exact_weights(finished: Path, composed: dict[str, dict], tmp_path: Path) -> None:
+    assert composed["composers"]["originals"]["retention"] == dict.fromkeys(ORDER, 100.0)
+    experts = {name: finished / "experts" / name / "checkpoint" for name in ORDER}
+    model = expand_originals(experts, tmp_path / "parts", checkpoint.load)
+    name = "model.layers.0.self_attn.q_proj"
+    tuned = {each: checkpoint.load(folder).llm.get_parameter(f"{name}.weight") for each, folder in experts.items()}
+    layer = model.llm.get_submodule(name)
+    assert isinstance(layer, RoutedLinear)
+    mean = torch.stack(list(tuned.values())).mean(0)
+    torch.testing.assert_close(layer.weight, mean, rtol=0, atol=1e-6)
+    for number, each in enumerate(ORDER):
+        torch.testing.assert_close(layer.get_buffer(f"weight_{number}"), tuned[each], rtol=0, atol=1e-6)
 
 
 def test_the_composed_checkpoint_recovers_its_originals(finished: Path) -> None:
-    from graftlm.model import checkpoint
-
     model = checkpoint.load(finished / "forgetting/twice/composed", mode="retain:coco_2")
     samples = open_stream(load(NAME, QUICK)).later[0].tasks[0].test[:2]
     assert len(model.generate(samples, max_new_tokens=3)) == 2
@@ -140,6 +171,9 @@ def test_the_plan_counts_experts_and_new_tasks() -> None:
             "composers.mmer.densty=0.5",
             "composers.mmer: settings.densty: no such setting of mmer; did you mean 'density'?",
         ),
+        ("composers.damc.experts=null", "composers.damc.experts: missing; rule damc composes experts"),
+        ("composers.damc.experts=[dmac]", "composers.damc.experts.methods[0]: no method 'dmac'; did you mean 'damc'?"),
+        ("composers.originals.scale=1", "composers.originals: rule originals routes the experts as they are"),
         ("study.ablation=mmr", "study.ablation: no composer 'mmr'; did you mean 'mmer'?"),
         (
             "study.ablation=average",

@@ -94,8 +94,8 @@ def test_weights_in_place_are_those_of_the_folder(
 
 def test_end_points_in_place_are_exact(models: dict[str, Path], tmp_path: Path) -> None:
     subject = in_place(models["whole"], models["base"], "sac", tmp_path)
-    for model, folder in ((subject.base(), models["base"]), (subject.tuned(), models["whole"])):
-        wanted = weights(folder)
+    for end, folder in ((subject.tuned, models["whole"]), (subject.base, models["base"])):
+        wanted, model = weights(folder), end()
         assert all(torch.equal(parameter, wanted[name]) for name, parameter in model.llm.named_parameters())
 
 
@@ -178,6 +178,7 @@ def test_a_sweep_by_sac_says_what_became_of_the_spectra(models: dict[str, Path],
     assert 1 < k < r == 8 and 0.4 < reached < 0.6
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_the_same(models: dict[str, Path], tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from experiment.test_sweep import measure, parse_grid, sweep\n"
@@ -207,11 +208,12 @@ def test_a_finer_grid_measures_only_what_is_new(
     sweep(models["adapter"], "sac", {}, parse_grid("alpha=0.2,0.8"), measure(models), tmp_path, **arguments)
     asked: list[Any] = []
     scores = sweeps._scores
-    monkeypatch.setattr(
-        sweeps,
-        "_scores",
-        lambda model, what, folder, tell: asked.append(folder.name) or scores(model, what, folder, tell),
-    )
+
+    def watched(model: Any, what: Measure, folder: Path, tell: Any) -> Any:
+        asked.append(folder.name)
+        return scores(model, what, folder, tell)
+
+    monkeypatch.setattr(sweeps, "_scores", watched)
     sweep(models["adapter"], "sac", {}, parse_grid("alpha=0.2,0.5,0.8"), measure(models), tmp_path, **arguments)
     assert asked == ["alpha=0.5"]
     monkeypatch.setattr(sweeps, "_subject", lambda *_: pytest.fail("models were read"))
@@ -223,7 +225,7 @@ def test_likelihood_measures_what_answers_cannot(models: dict[str, Path], tmp_pa
     result = sweep(models["adapter"], "sac", {}, grid, measure(models, "likelihood"), tmp_path, base=models["base"])
     base, tuned = result["base"]["scores"], result["tuned"]["scores"]
     assert base["old"]["value"] > 0.9 and base["new"]["value"] < 0.1
-    assert tuned["new"]["value"] > 0.7 and tuned["old"]["value"] < 0.3
+    assert tuned["new"]["value"] > 0.6 and tuned["old"]["value"] < 0.3
     assert result["base"]["keep"] == result["tuned"]["new"] == 100
 
 
@@ -304,11 +306,11 @@ def judged(new: list[float], keep: list[float], **criteria: Any) -> dict[str, An
 
 
 def test_the_ideal_region_lies_between_the_stable_ones() -> None:
-    result = judged([0.2, 0.77, 0.78, 0.80, 0.80], [0.5, 0.5, 0.49, 0.48, 0.1])
+    result = judged([0.2, 0.77, 0.78, 0.80, 0.80], [0.5, 0.5, 0.5, 0.48, 0.1])
     assert (result["task_stable_from"], result["general_stable_to"]) == (0.1, 0.3)
     assert result["ideal_region"] == [0.1, 0.3]
-    assert result["picked"]["value"] == 0.3
-    assert result["picked"]["new"] == pytest.approx(100) and result["picked"]["keep"] == pytest.approx(96)
+    assert result["picked"]["value"] == 0.2
+    assert result["picked"]["new"] == pytest.approx(97.5) and result["picked"]["keep"] == pytest.approx(100)
 
 
 def test_regions_reach_from_an_end_without_a_gap() -> None:
@@ -444,7 +446,7 @@ def test_another_sweep_in_a_folder_is_refused(models: dict[str, Path], tmp_path:
 
 def test_end_points_of_0_are_refused_before_any_value(models: dict[str, Path], tmp_path: Path) -> None:
     asked = measure(models)
-    with pytest.raises(RunError, match=r"--keep: the base scores 0 on new \(exact\)"):
+    with pytest.raises(RunError, match=r"--new: the fine-tune scores 0 on old \(exact\)"):
         sweep(
             models["adapter"],
             "sac",

@@ -30,6 +30,9 @@ TUNING = ("seed=100", "evaluate.split=val")
 RATES = (5e-4, 1e-3, 2e-3)
 """Learning rates of the LLM that the schedule was chosen from, by the experts alone: no composer had a say."""
 
+DAMC = ((1e-3, 0.05), (2e-3, 0.05), (5e-3, 0.05), (1e-2, 0.05), (2e-3, 1.0))
+"""Learning rates of the LLM's LoRAs, and text's share of them, that DAMC's experts were chosen from."""
+
 EXPANSION: Mapping[str, tuple[float, ...]] = {
     "average": (60.53, 39.31, 47.65, 47.40, 53.64, 56.28, 60.53, 54.60, 59.16, 53.23),
     "arithmetic": (62.04, 40.22, 47.97, 46.70, 53.44, 56.28, 63.36, 55.40, 59.72, 53.90),
@@ -73,20 +76,31 @@ def folder(runs: Path, seed: int) -> Path:
 
 
 def tune(runs: Path) -> str:
-    """Validation scores of the experts for every learning rate of the LLM."""
-    lines: list[str] = []
+    """Validation scores of the experts for every learning rate of the LLM, and of DAMC's own."""
+    rows: list[tuple[str, dict[str, Any]]] = []
     for rate in RATES:
         phases = f"phases={{schedule: miniworld, finetune: {{lr: {{connectors: 1e-3, llm: {rate}}}}}}}"
         worker = ComposingWorker(load(NAME, [phases, *TUNING]), runs / f"mmer-tune-{rate}")
         scores: dict[str, Any] = {}
         for stage in worker.stream.stages:
             worker.do(Cell("expert", stage.name), Silent())
-            scores |= read_json(worker.store.expert(stage.name) / "scores.json")
-        if not lines:
-            lines += ["| LLM learning rate | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
-        lines.append(f"| {rate} | " + " | ".join(f"{score['value']:.3g}" for score in scores.values()) + " |")
-        print(lines[-1], flush=True)
-    return "\n".join(["The schedule, by the experts alone:", "", *lines])
+            found = read_json(worker.store.expert(stage.name) / "scores.json")
+            scores |= {task: score["value"] for task, score in found.items()}
+        rows.append((f"all weights, {rate}", scores))
+        print(*rows[-1], flush=True)
+    for rate, text in DAMC:
+        experts = f"{{methods: [{{damc: {{rank: 32, alpha: 32, text_rate: {text}}}}}], phase: {{lr: {{connectors: 1e-3, llm: {rate}}}}}}}"
+        alone = [f"composers={{damc: {{rule: damc, experts: {experts}}}}}", "study=null"]
+        worker = ComposingWorker(load(NAME, [*alone, *TUNING]), runs / f"mmer-tune-damc-{rate}-{text}")
+        scores = {}
+        for stage in worker.stream.stages:
+            worker.do(Cell("own", f"damc/{stage.name}"), Silent())
+            scores |= read_json(worker.out / "own/damc" / stage.name / "result.json")["scores"]
+        rows.append((f"DAMC, {rate}, text {rate * text:g}", scores))
+        print(*rows[-1], flush=True)
+    lines = ["| learning rate of the LLM | " + " | ".join(rows[0][1]) + " |", "|---" * (len(rows[0][1]) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{value:.3g}" for value in scores.values()) + " |" for name, scores in rows]
+    return "\n".join(["The schedules, by the experts alone:", "", *lines])
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:

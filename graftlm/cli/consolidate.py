@@ -1,5 +1,6 @@
 """``graftlm consolidate``: how much of a fine-tune to keep, so that its base is not forgotten."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,6 +143,8 @@ def consolidate(
         grid = parse_grid(sweep)
         measure = _measure(tuned, new or [], keep or [], data, metric, split, limit, max_new_tokens, batch_size)
         criteria = _criteria(least_new, least_keep, score)
+        if out is not None and not dry_run:
+            _expect_writable(tuned, base, rule, out, form, dtype)
         picked = _sweep(tuned, base, rule, given, grid, measure, folder, criteria, device)
         given[grid.setting] = picked
     if out is None or dry_run:
@@ -156,6 +159,16 @@ def consolidate(
     finally:
         steps.close()
     output().print(f"consolidated: {out}", markup=False, soft_wrap=True)
+
+
+def _expect_writable(
+    tuned: Path, base: Path | None, rule: str, out: Path, form: Literal["adapter", "model"] | None, dtype: str | None
+) -> None:
+    """What cannot be written is said before hours of measuring."""
+    from graftlm.experiment.consolidate import check, open_change
+
+    with contextlib.closing(open_change(tuned, base)) as change:
+        check(change, rule, out, form, dtype)
 
 
 def _settings(pairs: Sequence[str], alpha: float | None) -> dict[str, Any]:

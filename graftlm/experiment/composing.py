@@ -868,7 +868,10 @@ def _storage(spec: ExperimentSpec, composers: Mapping[str, Mapping[str, Any]]) -
             bits["signs"] = storage_bits("plain", models, sizes.llm, own) + 8 * row["routing"]["bytes"]
         if row["rule"] == EXPERTS:
             bits[EXPERTS] = storage_bits(EXPERTS, models, sizes.llm, own, row["routing"]["adapter"])
-    return {"models": models, "llm": sizes.llm, "own": own, "bits": bits}
+    by_count = {
+        str(n): {method: storage_bits(method, n, sizes.llm, own) for method in methods} for n in range(2, models + 1)
+    }
+    return {"models": models, "llm": sizes.llm, "own": own, "bits": bits, "by_count": by_count}
 
 
 def _forgetting(

@@ -11,12 +11,14 @@ Differs: connectors that base and fine-tune share are consolidated like the LLM 
     fine-tune's. The tokenizer and its chat template are the fine-tune's too.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,13 +39,27 @@ from graftlm.merging.headers import Adapter, Weights
 from graftlm.merging.recipe import COMPOSERS, DTYPES, Recipe, combination
 from graftlm.merging.sources import Factors, FileSource, Source, Update, UpdatedSource
 from graftlm.merging.spectral import Report
-from graftlm.merging.stream import Progress
+from graftlm.merging.stream import Progress, default_threads
 from graftlm.merging.tensorwise import stacked
 from graftlm.model.base import base_folder
 from graftlm.model.manifest import MANIFEST, describe_files, hash_llm, is_inside
 from graftlm.model.rule import Rule
 
-__all__ = ["FORMS", "Change", "Form", "LowRankChange", "check_rule", "consolidate", "open_change", "read_tensor"]
+__all__ = [
+    "FORMS",
+    "Change",
+    "Form",
+    "LowRankChange",
+    "check",
+    "check_rule",
+    "consolidate",
+    "decomposed",
+    "exact",
+    "mixed_part",
+    "one_thread_each",
+    "open_change",
+    "read_tensor",
+]
 
 Form = Literal["adapter", "model"]
 """What is written: an update beside its base, or all weights."""
@@ -303,6 +319,29 @@ class LowRankChange:
         return None if self._spectrum is None else self._spectrum.report(**{"alpha": 0.2, **settings})
 
 
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """Workers of one thread each: an operation on one low-rank update is too small to be shared between cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(default_threads()) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def decomposed(change: Change, rule: Rule, names: Sequence[str]) -> Iterator[tuple[str, LowRankChange | None]]:
+    """The changed tensors' updates, in order; None for a dense one."""
+
+    def work(name: str) -> LowRankChange | None:
+        update = change.low_rank(name)
+        return None if update is None else LowRankChange(rule, *update)
+
+    with one_thread_each() as pool:
+        yield from zip(names, pool.map(work, names), strict=True)
+
+
 def consolidate(
     tuned: Path,
     rule: str,
@@ -334,28 +373,15 @@ def consolidate(
         RunError: no space, or another process makes the same folder.
     """
     recipe = check_rule(rule, settings, tuned, base)
-    if dtype is not None and dtype not in DTYPES:
-        raise MergeError(f"dtype: '{dtype}'; {did_you_mean(dtype, DTYPES)}")
-    change = open_change(tuned, base)
-    try:
-        form = _form(change, RULES.get(rule), form)
+    with contextlib.closing(open_change(tuned, base)) as change:
+        form = check(change, rule, out, form, dtype)
         recipe = dataclasses.replace(recipe, base=str(change.base), dtype=dtype)
         if form == "adapter":
-            needed = sum(path.stat().st_size for path in change.files if path.is_relative_to(tuned))
-            folders = {"the base": change.base, "the fine-tune": tuned}
-            checks.require(checks.place(out, folders, 2 * needed))
             with atomic_folder(out) as folder:
                 write = _write_adapter if change.kind == "peft" else _write_ledger
                 write(change, recipe, folder, progress)
             return out
-    finally:
-        change.close()
     recipe = dataclasses.replace(recipe, base=str(change.weights.folder))
-    if isinstance(change.model, Grown) and change.model.llm and change.model.manifest["ledger"]:
-        raise MergeError(
-            f"--as model: {tuned} holds a whole LLM and stages on it, which are not written out as one; --as adapter is "
-            f"expected."
-        )
     if change.kind != "graftlm":
         return _whole(change, recipe, out, threads, progress)
     if RULES.get(rule).factored is None or not isinstance(change.after, UpdatedSource):
@@ -363,8 +389,15 @@ def consolidate(
     return _densify(tuned, recipe, out, base, threads, progress)
 
 
-def _form(change: Change, rule: Rule, form: Form | None) -> Form:
-    """What is to be written, if it can be."""
+def check(change: Change, name: str, out: Path, form: Form | None = None, dtype: str | None = None) -> Form:
+    """What is to be written, if the rule of that name can write it, and there is a place for it.
+
+    Raises:
+        ConfigError, MergeError: see `consolidate`.
+    """
+    rule: Rule = RULES.get(name)
+    if dtype is not None and dtype not in DTYPES:
+        raise MergeError(f"dtype: '{dtype}'; {did_you_mean(dtype, DTYPES)}")
     if form not in (None, *FORMS):
         raise ConfigError(f"--as {form}: one of {', '.join(FORMS)} is expected.")
     chosen: Form = form or ("model" if change.kind == "hf" else "adapter")
@@ -386,6 +419,14 @@ def _form(change: Change, rule: Rule, form: Form | None) -> Form:
             f"{rule.name}: has no low-rank form, and {change.base} has stages of its own; against an earlier stage one of "
             f"{', '.join(_factored())} is expected."
         )
+    if chosen == "model" and isinstance(change.model, Grown) and change.model.llm and change.model.manifest["ledger"]:
+        raise MergeError(
+            f"--as model: {change.tuned} holds a whole LLM and stages on it, which are not written out as one; --as adapter "
+            f"is expected."
+        )
+    owned = sum(path.stat().st_size for path in change.files if path.is_relative_to(change.tuned))
+    folders = {"the base": change.base, "the fine-tune": change.tuned}
+    checks.require(checks.place(out, folders, 2 * owned if chosen == "adapter" else change.weights.bytes))
     return chosen
 
 
@@ -420,19 +461,18 @@ def _write_adapter(change: Change, recipe: Recipe, folder: Path, progress: Progr
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     reports: dict[str, Report | None] = {}
-    for number, name in enumerate(change.names):
+    for number, (name, consolidated) in enumerate(decomposed(change, rule, change.names)):
         progress("consolidating", number, len(change.names))
-        stored, update = there[name], change.low_rank(name)
+        stored = there[name]
         if stored in adapter.replaced:
             info = adapter.replaced[stored]
-            if update is None and stored in adapter.updates:
+            if consolidated is None and stored in adapter.updates:
                 raise MergeError(f"'{stored}': replaced and updated, which no adapter holds as one. Use --as model.")
             before, after = read_tensor(change.before, name), read_tensor(change.after, name)
-            kept = before if update is not None else rule(before, [after], **recipe.settings)
+            kept = before if consolidated is not None else rule(before, [after], **recipe.settings)
             tensors[info.name] = kept.to(_dtype(recipe, info.dtype))
-        if update is None:
+        if consolidated is None:
             continue
-        consolidated = LowRankChange(rule, *update)
         a, b, scale = consolidated.at(recipe.settings)
         reports[name] = consolidated.report(recipe.settings)
         if stored in adapter.transposed:
@@ -516,18 +556,20 @@ def _write_ledger(change: Change, recipe: Recipe, folder: Path, progress: Progre
         _carry(path, folder / _ledger_file(number))
     entry: dict[str, Tensor] = {}
     reports: dict[str, Report | None] = {}
-    for number, name in enumerate(change.names):
+    dense: list[str] = []
+    for number, (name, consolidated) in enumerate(decomposed(change, rule, change.names)):
         progress("consolidating", number, len(change.names))
-        update = change.low_rank(name)
-        if update is None:
-            before, after = read_tensor(change.before, name), read_tensor(change.after, name)
-            entry[f"{name}.value"] = rule(before, [after], **recipe.settings).contiguous()
+        if consolidated is None:
+            dense.append(name)
             continue
-        consolidated = LowRankChange(rule, *update)
         a, b, scale = consolidated.at(recipe.settings)
         reports[name] = consolidated.report(recipe.settings)
         entry |= {f"{name}.A": a.contiguous(), f"{name}.B": b.contiguous()}
         entry[f"{name}.scale"] = torch.tensor(scale, dtype=torch.float64)
+    for number, name in enumerate(dense, start=len(change.names) - len(dense)):
+        progress("consolidating", number, len(change.names))
+        before, after = read_tensor(change.before, name), read_tensor(change.after, name)
+        entry[f"{name}.value"] = rule(before, [after], **recipe.settings).contiguous()
     ledger = [_ledger_file(number) for number in range(len(change.earlier) + 1)]
     (folder / ledger[-1]).parent.mkdir(parents=True, exist_ok=True)
     save_file(entry, folder / ledger[-1])
@@ -570,8 +612,6 @@ def _carry(source: Path, target: Path) -> None:
 
 def _whole(change: Change, recipe: Recipe, out: Path, threads: int | None, progress: Progress) -> Path:
     """All weights, by the merge engine; then the fine-tune's tokenizer beside them."""
-    folders = {"the base": change.base, "the fine-tune": change.tuned}
-    checks.require(checks.place(out, folders, 0))
     made = out.with_name(f".{out.name}.consolidated")
     shutil.rmtree(made, ignore_errors=True)  # complete, but perhaps of another recipe
     compose(recipe, made, threads=threads, progress=progress)

@@ -47,11 +47,12 @@ from graftlm.evaluation.gains import relative_gain
 from graftlm.evaluation.suite import TaskScore
 from graftlm.experiment.consolidate import (
     Change,
-    LowRankChange,
     check_rule,
     consolidate,
+    decomposed,
     exact,
     mixed_part,
+    one_thread_each,
     open_change,
     read_tensor,
 )
@@ -211,14 +212,9 @@ class InPlace:
         self._model = model
         self._folder = folder
         self._weights = dict(model.llm.named_parameters(remove_duplicate=False))
-        self._low: dict[str, LowRankChange] = {}
-        self._dense: list[str] = []
-        for name in names:
-            update = change.low_rank(name)
-            if update is None:
-                self._dense.append(name)
-            else:
-                self._low[name] = LowRankChange(rule, *update)
+        found = dict(decomposed(change, rule, names))
+        self._low = {name: low for name, low in found.items() if low is not None}
+        self._dense = [name for name, low in found.items() if low is None]
 
     def base(self) -> MultimodalLM:
         """See `Subject.base`."""
@@ -237,21 +233,25 @@ class InPlace:
             if (low := self._low.get(name)) is None:
                 return self._mixed(name, before, settings, reports)
             a, b, scale = low.at(settings)
-            if (report := low.report(settings)) is not None:
-                reports[name] = report
             return before.addmm_(b.float(), a.float(), alpha=scale)
 
         model = self._put(weight, lambda before, after: mixed_part(self._rule, settings, before, after))
-        return model, reports
+        said = {name: low.report(settings) for name, low in self._low.items()}
+        return model, reports | {name: report for name, report in said.items() if report is not None}
 
-    @torch.no_grad()
     def _put(
         self,
         weight: Callable[[str], Tensor],
         part: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]],
     ) -> MultimodalLM:
-        for name in [*self._low, *self._dense]:
+        @torch.no_grad()  # in the thread that calls
+        def put(name: str) -> None:
             self._weights[name].copy_(weight(name))
+
+        with one_thread_each() as pool:
+            list(pool.map(put, self._low))
+        for name in self._dense:
+            put(name)
         for file, (before, after) in self._change.parts.items():
             module = self._model.get_submodule(file.removesuffix(".safetensors"))
             module.load_state_dict(dict(part(before, after)))

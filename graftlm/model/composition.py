@@ -277,4 +277,4 @@ def _replace(llm: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, dtype)
+    return None if tensor is None else tensor.to(device, dtype, copy=True)

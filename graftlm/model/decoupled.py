@@ -87,7 +87,7 @@ class BranchedLinear(nn.Linear):
         dropout: of what enters the LoRAs.
 
     Attributes:
-        a, b: factors of text, and of each route after it; None where there are none.
+        a, b: factors by number: "0" is text, "1" the first route.
     """
 
     def __init__(self, linear: nn.Linear, route: Route, update: LowRankUpdate, dropout: float = 0.0) -> None:

@@ -6,7 +6,7 @@ The text weight is an ordinary parameter, and decoded tokens are text: decoding 
 matter at prefill only. Their weight is had in one of three ways:
 
     dense    held for every route: fastest, (N + 1) times the memory
-    build    made from the text weight in every layer of a prefill, tile by tile, and multiplied at once
+    build    made from the text weight in every layer of a prefill, block by block, and multiplied at once
     correct  the text weight for all positions, and a second product with the difference on those of a modality
 
 Paper:   Li et al., MMER, ACL 2025, arXiv:2505.17110, §3.2.1, Eq. 4-7; DAMC: Chen et al., ACL 2024, arXiv:2402.12750.
@@ -81,10 +81,10 @@ class Route:
 
         Args:
             modality_ids: Int (B, S), 0 is text.
-            serving: route of each id; None is the text weight.
+            serving: route of each id; None, or an id beyond them, is the text weight.
         """
-        table = torch.tensor([0 if route is None else 1 + route for route in serving])
-        numbers = table[modality_ids.reshape(-1).cpu()]
+        table = torch.tensor([*(0 if route is None else 1 + route for route in serving), 0])
+        numbers = table[modality_ids.reshape(-1).cpu().clamp_max(len(serving))]
         if bool(numbers.any()):
             device = modality_ids.device
             self._shape, self.numbers = tuple(modality_ids.shape), numbers.to(device)

@@ -10,10 +10,11 @@ to the weight's own width these select between two weights by integer operations
 
 Paper:   Li et al., MMER, ACL 2025, arXiv:2505.17110, §3.1-3.2; Chen et al., Model Composition for MLLMs (DAMC), ACL 2024,
     arXiv:2402.12750.
-Differs: nothing in the values. θ_pre is not held beside the text weight: text weight - mean update, rounded, gives it back
-    exactly, but where an update is larger than the weight; there the error is at most one rounding of the text weight.
+Differs: nothing in the values. With mmer θ_pre is not held beside the text weight: text weight - mean update, rounded, gives
+    it back exactly, but where an update is larger than the weight; there it is off by a rounding of the text weight at most.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,13 +61,13 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self._tables: dict[torch.device, Tensor] = {}
 
     def take(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat tensor of undefined content; the next taker of the name gets the same memory."""
         key = (name, dtype, device)
         if key not in self._buffers or len(self._buffers[key]) < count:
-            self._buffers[key] = torch.empty(count, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # else it could not be written to outside of that mode
+                self._buffers[key] = torch.empty(count, dtype=dtype, device=device)
         return self._buffers[key][:count]
 
     def nbytes(self) -> int:
@@ -75,21 +76,24 @@ class Workspace:
 
     def unpacked(self, packed: Tensor) -> Tensor:
         """Packed bits as bytes, each 0 or -1: uint8 (N, n) -> int8 (N, 8 n)."""
-        device = packed.device
-        if device not in self._tables:
-            bits = -(torch.arange(256)[:, None] >> torch.arange(8) & 1)
-            self._tables[device] = bits.to(torch.int8).view(torch.int64).flatten().to(device)
-        index = self.take("index", packed.numel(), torch.int32, device)
-        words = self.take("words", packed.numel(), torch.int64, device)
+        index = self.take("index", packed.numel(), torch.int32, packed.device)
+        words = self.take("words", packed.numel(), torch.int64, packed.device)
         index.view(packed.shape).copy_(packed)
-        torch.index_select(self._tables[device], 0, index, out=words)
+        torch.index_select(_table(packed.device), 0, index, out=words)
         return words.view(torch.int8).view(len(packed), -1)
 
 
 def unpack(packed: Tensor, start: int, count: int) -> Tensor:
-    """Bits ``start`` (a multiple of 8) to ``start + count`` of a packed tensor, as uint8 (count,) of 0 and 1."""
+    """Bits ``start`` (a multiple of 8) to ``start + count`` of a packed tensor, as float32 (count,) of 0 and 1."""
     part = packed[start // 8 : (start + count + 7) // 8]
-    return (part[:, None] >> torch.arange(8, dtype=torch.uint8, device=part.device) & 1).flatten()[:count]
+    return _table(packed.device).index_select(0, part.int()).view(torch.int8)[:count].float().neg_()
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """Byte -> word of its bits, the lowest first, each a byte 0 or -1: int64 (256,)."""
+    bits = -(torch.arange(256)[:, None] >> torch.arange(8) & 1)
+    return bits.to(torch.int8).view(torch.int64).flatten().to(device)
 
 
 class Update(nn.Module, ABC):
@@ -188,7 +192,7 @@ class MaskedUpdate(Update):
     def route_delta(self, route: int, rows: slice) -> Tensor:
         """s_i (m_i ∘ τ*)."""
         start, count, shape = self.span(rows)
-        delta = self.shared.reshape(-1)[start : start + count].float() * unpack(self.masks[route], start, count)
+        delta = unpack(self.masks[route], start, count).mul_(self.shared.reshape(-1)[start : start + count])
         return (delta if self.scales is None else delta.mul_(self.scales[route])).view(shape)
 
     def text_delta(self, rows: slice) -> Tensor:
@@ -201,7 +205,8 @@ class MaskedUpdate(Update):
 
     def prepare(self, base: Tensor, dtype: torch.dtype) -> None:
         """τ* in the working dtype; θ_pre is not kept."""
-        self.shared = self.shared.to(dtype)
+        # copies: what was read may be mapped to its file, which could change
+        self.shared, self.masks = self.shared.to(dtype, copy=True), self.masks.clone()
 
     def weights(self, text: Tensor, rows: slice, routes: Sequence[int], work: Workspace) -> Iterator[Tensor]:
         """See `Update.weights`: where the bit is set base + s τ*, else base, bit by bit."""
@@ -212,13 +217,17 @@ class MaskedUpdate(Update):
         base, full, out = (work.take(name, count, dtype, device) for name in ("base", "full", "weight"))
         self._share(masks, base, work)
         torch.addcmul(text[rows].view(-1), base, tau, value=1 / self.routes, out=base)  # without the text's update
-        integer = INTEGERS[text.element_size()]
-        bits, flips, chosen = base.view(integer), full.view(integer), out.view(integer)
-        for number, route in enumerate(routes):
-            if self.scales is not None or not number:
-                torch.add(base, tau, alpha=self.scales[route] if self.scales else 1, out=full)
-                flips.bitwise_xor_(bits)  # the bits in which both weights differ
-            chosen.copy_(masks[route]).bitwise_and_(flips).bitwise_xor_(bits)
+        bits, flips, steps, chosen = (x.view(INTEGERS[text.element_size()]) for x in (base, full, tau, out))
+        if self.scales is None:
+            torch.add(base, tau, out=full)
+            flips.bitwise_xor_(bits)  # the bits in which both weights differ
+        for route in routes:
+            chosen.copy_(masks[route])
+            if self.scales is None:
+                chosen.bitwise_and_(flips).bitwise_xor_(bits)
+            else:
+                chosen.bitwise_and_(steps)
+                torch.add(base, out, alpha=self.scales[route], out=out)
             yield out.view(shape)
 
     def _share(self, masks: Tensor, out: Tensor, work: Workspace) -> Tensor:
@@ -255,7 +264,7 @@ class SignUpdate(Update):
     def route_delta(self, route: int, rows: slice) -> Tensor:
         """± s: s (2 bit - 1)."""
         start, count, shape = self.span(rows)
-        sign = unpack(self.signs[route], start, count).float().mul_(2).sub_(1)
+        sign = unpack(self.signs[route], start, count).mul_(2).sub_(1)
         if len(self.shape) > 1:
             scale = self.scales[route, rows].float()
             return sign.view(len(scale), -1).mul_(scale[:, None]).view(shape)
@@ -270,7 +279,8 @@ class SignUpdate(Update):
 
     def prepare(self, base: Tensor, dtype: torch.dtype) -> None:
         """θ_pre and the scales in the working dtype."""
-        self.base, self.scales = base.to(dtype), self.scales.to(dtype)
+        self.base, self.scales = base.to(dtype, copy=True), self.scales.to(dtype, copy=True)
+        self.signs = self.signs.clone()
 
     def weights(self, text: Tensor, rows: slice, routes: Sequence[int], work: Workspace) -> Iterator[Tensor]:
         """See `Update.weights`."""

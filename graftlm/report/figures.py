@@ -74,10 +74,12 @@ def curves(
     *,
     blind: float | None = None,
     view: Sequence[float] = (),
+    numbered: bool = True,
 ) -> Markup:
     """Gain per stage, one line per method, each named at its end.
 
     Args:
+        numbered: whether stages are counted below the axis, beside their names.
         blind: percent that a model reaches without its media; a dotted line.
         view: further values that the axis encloses, so that figures side by side have one scale.
     """
@@ -86,7 +88,7 @@ def curves(
     values += _known([*view, blind])
     room = 34 + 7.3 * max((len(_short(line.name)) for line in shown), default=0)
     frame = _Frame(56, 560 - room, 18, 282, len(stages), _ticks([*values, 100.0]))
-    parts = [_axes(frame, stages), _rule(frame, 100, "expert")]
+    parts = [_axes(frame, stages, numbered), _rule(frame, 100, "expert")]
     if blind is not None:
         parts.append(_rule(frame, blind, "blind"))
     ends = _spread_out([frame.y(line.last) for line in shown], frame.top, frame.bottom)
@@ -171,7 +173,7 @@ def _spread_out(wanted: Sequence[float], low: float, high: float, pitch: float =
     return [place + shift for place in places]
 
 
-def _axes(frame: _Frame, stages: Sequence[str]) -> str:
+def _axes(frame: _Frame, stages: Sequence[str], numbered: bool) -> str:
     parts = []
     for tick in frame.ticks:
         y = frame.y(tick)
@@ -180,8 +182,9 @@ def _axes(frame: _Frame, stages: Sequence[str]) -> str:
         parts.append(_text(frame.left - 8, y + 4, f"{tick:g}{unit}", "tick", "end"))
     for number, stage in enumerate(stages):
         name = stage if len(stages) <= 5 else stage[:6]
-        parts.append(_text(frame.x(number), frame.bottom + 20, f"{number + 1}", "tick", "middle"))
-        parts.append(_text(frame.x(number), frame.bottom + 36, name, "tick", "middle"))
+        if numbered:
+            parts.append(_text(frame.x(number), frame.bottom + 20, f"{number + 1}", "tick", "middle"))
+        parts.append(_text(frame.x(number), frame.bottom + (36 if numbered else 20), name, "tick", "middle"))
     return "".join(parts)
 
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from graftlm.core.errors import RunError
 from graftlm.core.files import write_text
-from graftlm.report import figures, tables
+from graftlm.report import composing, figures, tables
 from graftlm.report.comparison import Comparison, compare_runs
 from graftlm.report.figures import Series
 from graftlm.report.media import Budget, Shown
@@ -95,15 +95,17 @@ def _run_page(run: Run, per_task: int, budget: int) -> dict[str, Any]:
         if m.mean is not None
     ]
     chosen = choose(run, min(per_task, max(1, ITEMS // max(1, tasks))) if per_task else 0)
-    return {
+    page = {
         "title": run.name,
         "lead": _lead(run),
         "warning": _warning(run),
         "facts": _facts(run),
         "comparison": None,
+        "composed": [],
         "run": run,
         "stages": run.order,
         "ranking": figures.ranking("Mean backward gain per method", _speak(run), rows, blind=floor) if rows else "",
+        "caption": "Mean backward gain, % of the experts; the bar is the spread over stages",
         "results": tables.result_rows(run),
         "curves": [
             ("Backward gain", "What is kept of the earlier stages", _curves(run, "backward", floor)),
@@ -112,6 +114,14 @@ def _run_page(run: Run, per_task: int, budget: int) -> dict[str, Any]:
         "matrices": [tables.matrix(run, method) for method in run.methods if method.scores],
         "costs": tables.cost_rows(run),
         "samples": _with_media(chosen, Budget(budget), run.folder),
+    }
+    if not run.composing:
+        return page
+    return page | {
+        "lead": composing.lead(run),
+        "composed": composing.sections(run),
+        "ranking": composing.ranking(run),
+        "caption": "Mean retention, % of the experts; the bar is the spread over experts",
     }
 
 
@@ -133,7 +143,9 @@ def _comparison_page(comparison: Comparison) -> dict[str, Any]:
         "warning": ", ".join(run.folder.name for run in comparison.runs if not run.finished),
         "facts": [],
         "comparison": comparison,
+        "composed": composing.compared(comparison.runs),
         "curve_groups": groups,
+        "caption": "",
         "run": None,
         "ranking": "",
         "samples": [],
@@ -159,6 +171,8 @@ def _speak(run: Run) -> str:
 
 def _lead(run: Run) -> str:
     methods = tables.ranked(run)
+    if run.composes:
+        return "Nothing is composed yet."
     if not methods:
         return "No stage of a method is finished yet."
     best, worst = methods[0], methods[-1]
@@ -170,6 +184,8 @@ def _lead(run: Run) -> str:
 def _warning(run: Run) -> str:
     if run.finished:
         return ""
+    if run.composes:
+        return f"{len(run.experts)} experts measured; compositions are shown when all are"
     states = [f"{m.name} {len(m.scores)} of {len(run.order)} stages" for m in run.methods]
     return "; ".join(states) or "no method has begun"
 

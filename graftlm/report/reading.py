@@ -6,7 +6,7 @@ from their own files, in the same form, so that a page can be made at any time.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Run:
         settings_text: the same, as written.
         environment: dotted name -> value.
         started, ended: times as text, empty when unknown.
+        composing: what summary.json says about compositions; empty in a run of methods, or an unfinished one.
     """
 
     folder: Path
@@ -75,10 +76,18 @@ class Run:
     environment: Mapping[str, str]
     started: str
     ended: str
+    composing: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def composes(self) -> bool:
+        """Whether experts are composed in this run, instead of methods walking a stream."""
+        return bool(self.composing or self.settings.get("composers"))
 
     @property
     def finished(self) -> bool:
-        """Whether every method went through every stage."""
+        """Whether every method went through every stage, or every composition was measured."""
+        if self.composes:
+            return bool(self.composing)
         return bool(self.methods) and not any(method.missing for method in self.methods)
 
     @property
@@ -156,6 +165,7 @@ def read_run(folder: Path) -> Run:
         environment=flatten(read_json(environment)) if environment.exists() else {},
         started=started,
         ended=ended,
+        composing=facts.get("composing", {}),
     )
 
 

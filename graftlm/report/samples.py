@@ -97,6 +97,8 @@ def _tasks(run: Run) -> Iterator[tuple[str, str]]:
     for stage, tasks in run.tasks.items():
         yield from ((stage, task) for task in tasks)
     yield from (("", probe) for probe in run.probes)
+    for row in list(run.composing.get("composers", {}).values())[:1]:
+        yield from (("", task) for task in (*(f"expansion_{name}" for name in row["expansion"]), *row["probes"]))
 
 
 def _choose_task(run: Run, stage: str, task: str, count: int) -> TaskSamples:
@@ -106,6 +108,10 @@ def _choose_task(run: Run, stage: str, task: str, count: int) -> TaskSamples:
     for method in run.methods:
         folders = dict(stage_folders(run.folder / "methods" / method.name))
         said[method.name] = [_read(folders.get(column), task) for column in columns]
+    if run.composing:
+        columns = ("all modalities in one model",)
+        for name in run.composing["composers"]:
+            said[name] = [_read(run.folder / "composers" / name / "expand", task)]
     expert = _read(run.folder / "experts" / stage if stage else None, task)
     everyone = [expert, *(column for each in said.values() for column in each)]
     known = dict.fromkeys(id_ for column in everyone for id_ in column.lines)

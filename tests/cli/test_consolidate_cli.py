@@ -129,6 +129,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--sets", "--data", "d"], "data sets are for checkpoints of graftlm"),
     (["--sets", "--split", "test"], "files have no splits"),
     (["--sets", "--alpha", "0.2"], "alpha: both swept and set"),
+    (["--sets", "--rule", "dare", "--as", "adapter"], "what dare makes of a low-rank update is dense"),
+    (["--sets", "--dtype", "float"], "dtype: 'float'; did you mean"),
 ]
 
 

@@ -15,6 +15,9 @@ from graftlm.core.errors import ConfigError, GraftError, MergeError
 from graftlm.core.files import read_json, write_json
 from graftlm.experiment.consolidate import consolidate, open_change
 from graftlm.merging import headers, rules
+from graftlm.merging.compose import compose
+from graftlm.merging.recipe import Recipe
+from graftlm.merging.tensorwise import TensorMerge
 from graftlm.model import checkpoint
 from graftlm.model.multimodal import MultimodalLM
 from graftlm.model.specs import ConnectorSpec, EncoderSpec, LoraSpec, ModalitySpec, ModelSpec
@@ -118,6 +121,28 @@ def test_an_adapter_becomes_an_adapter(base: Path, tmp_path: Path, settings: dic
     torch.testing.assert_close(logits(base, out), logits(base, state=wanted), rtol=0, atol=1e-4)
     assert not torch.allclose(logits(base, out), logits(base, tuned), atol=1e-2)
     headers.read_adapter(out)
+
+
+def test_an_adapter_of_transposed_layers(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    small = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16, tie_word_embeddings=False)
+    GPT2LMHeadModel(small).save_pretrained(tmp_path / "base")
+    tuned = adapted(tmp_path / "base", tmp_path / "tuned", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    for form in ("adapter", "model"):
+        out = consolidate(tuned, "sac", {"alpha": 0.3}, tmp_path / form, base=tmp_path / "base", form=form)  # type: ignore[arg-type]
+    before, after, got = (
+        weights(tmp_path / "base"),
+        merged(tmp_path / "base", tuned),
+        merged(tmp_path / "base", tmp_path / "adapter"),
+    )
+    whole = weights(out)
+    for name, tensor in before.items():
+        there = name if name in after else f"transformer.{name}"
+        wanted = rules.sac(tensor, [after[there]], alpha=0.3)
+        torch.testing.assert_close(got[there], wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(whole[name], wanted, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_has_the_rank_that_each_weight_needs(base: Path, tmp_path: Path) -> None:
@@ -236,6 +261,18 @@ def test_all_stages_of_a_checkpoint(stages: list[Path], tmp_path: Path) -> None:
     close(connector(out, "audio"), connector(stages[2], "audio"), 0)
 
 
+@pytest.mark.parametrize("ram", [2_000_000_000, 30_000])
+def test_several_updates_of_a_ledger_are_composed_as_one(
+    stages: list[Path], tmp_path: Path, ram: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ram < 1_000_000 and any(key.endswith(".value") for key in load_file(stages[0] / "ledger/000.safetensors")):
+        pytest.skip("a dense update needs its whole matrix")
+    monkeypatch.setitem(TensorMerge.__init__.__kwdefaults__, "ram", ram)
+    base = llm(consolidate(stages[2], "model_mix", {"alpha": 0}, tmp_path / "base"))
+    out = compose(Recipe("sac", {"tuned": str(stages[2])}, settings={"alpha": 0.3}), tmp_path / "out")
+    close(llm(out), by_rule("sac", base, llm(stages[2]), alpha=0.3))
+
+
 def test_a_checkpoint_at_alpha_1_is_the_fine_tune(stages: list[Path], tmp_path: Path) -> None:
     out = consolidate(stages[2], "sac", {"alpha": 1}, tmp_path / "out", base=stages[1])
     close(llm(out), llm(stages[2]), 0)
@@ -265,7 +302,8 @@ def test_what_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None:
     refused("base: not named", tuned, base=None)
     refused("not of low rank; --as model is expected", tuned, form="adapter")
     refused("what dare makes of a low-rank update is dense", adapter, "dare", form="adapter")
-    refused("mmer: keeps several models apart", tuned, "mmer")
+    for rule in ("mmer", "signs", "damc"):
+        refused(f"{rule}: keeps several models apart", tuned, rule)
     refused("no rule 'sca'; did you mean 'sac'", tuned, "sca")
     refused("alpha 2 is not a share", tuned, settings={"alpha": 2})
     refused("window 'eq7' is unknown", tuned, settings={"window": "eq7"})

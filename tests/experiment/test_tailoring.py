@@ -116,9 +116,8 @@ def test_weights_are_tailored_with_the_inputs_of_their_layers(
         assert not torch.allclose(plain, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("ram", [1, 10**5, 10**6])
 def test_sweeps_are_cheap_in_memory_and_change_nothing(
-    ram: int, pair: Pair, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
     collect = tailoring._hessians
@@ -131,9 +130,11 @@ def test_sweeps_are_cheap_in_memory_and_change_nothing(
     monkeypatch.setattr(tailoring, "_hessians", watched)
     whole = weights(tailor_model(*pair, samples, tmp_path / "whole"))
     assert len(held) == 1 and held[0] == 4 * 4 * (3 * 128**2 + 352**2)  # q, k and v share theirs, gate and up too
-    parts = weights(tailor_model(*pair, samples, tmp_path / "parts", ram=ram))
-    assert len(held) > 4 and max(held[1:]) <= max(ram, 4 * 352**2)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for ram, sweeps in ((1, 28), (10**6, 4)):
+        held.clear()
+        parts = weights(tailor_model(*pair, samples, tmp_path / str(ram), ram=ram))
+        assert len(held) == sweeps and max(held) <= max(ram, 4 * 352**2)
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_first_blocks_may_go_back(pair: Pair, samples: list[Sample], tmp_path: Path) -> None:

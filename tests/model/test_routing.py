@@ -219,7 +219,18 @@ def test_gradients_pass_through(kind: str, way: Way) -> None:
         assert routed(x).dtype == torch.bfloat16
 
 
-def test_a_vector_and_a_scalar_have_updates_too() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_inference_mode_leaves_buffers_that_can_be_used_outside(way: Way) -> None:
+    base, update = draw((24, 16), "mmer", torch.float32)
+    routed, _, _ = layer(base, update, way)
+    ids, x = torch.tensor(IDS["scattered"]), torch.randn(3, 7, 16)
+    with torch.inference_mode(), routed.route.over(ids, SERVING):
+        inside = routed(x)
+    with torch.no_grad(), routed.route.over(ids, SERVING):
+        assert torch.equal(routed(x), inside)
+
+
+def test_vectors_have_updates_too() -> None:
     shared, bits = torch.arange(5.0), torch.tensor([1, 0, 1, 1, 0]) == 1
     update = MaskedUpdate(shared, torch.stack([pack(bits), pack(~bits)]))
     assert update.route_delta(0, slice(0, 5)).tolist() == [0, 0, 2, 3, 0]
@@ -247,8 +258,9 @@ def test_positions_are_slices_where_they_can_be() -> None:
 
 def test_text_alone_is_not_routed() -> None:
     route = Route()
-    with route.over(torch.tensor([[0, 0], [0, 4]]), [*SERVING, None]):  # a modality without a route of its own
-        assert route.groups is None
+    for serving in ([*SERVING, None], SERVING):  # a modality without a route, and one that came later
+        with route.over(torch.tensor([[0, 0], [0, 4]]), serving):
+            assert route.groups is None
 
 
 def test_an_error_clears_the_route() -> None:

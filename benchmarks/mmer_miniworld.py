@@ -6,19 +6,21 @@
 """
 
 import argparse
-import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from graftlm.core.files import read_json
 from graftlm.data.miniworld.combinations import COMBINATIONS
-from graftlm.experiment.cells import Cell
-from graftlm.experiment.composing import ComposingWorker
+from graftlm.evaluation import bootstrap, gains
+from graftlm.experiment.cells import Cell, open_stream
+from graftlm.experiment.composing import ORIGINALS, ROUTED, ComposingWorker
 from graftlm.experiment.progress import Silent
-from graftlm.experiment.run import run
+from graftlm.experiment.run import run, summarise
 from graftlm.experiment.spec import load
+from graftlm.experiment.store import RunStore
+from graftlm.merging.mmer import METHODS, storage_bits
 
 NAME = "mmer-miniworld"
 RESULTS = Path(__file__).parent / "results"
@@ -63,11 +65,39 @@ ABLATION: Mapping[str, tuple[str, str]] = {
 }
 """Table 5: average accuracy over combinations, and retention."""
 
+MASKS = "audio 2.2; the others are in a figure without numbers"
+"""Figure 4 (a): percent of the parameters that a mask selects."""
+
+TASKS: Mapping[str, tuple[str, ...]] = {
+    "originals": ("23.15 / 21.27", "25.30 / 24.71", "39.79", "62.23", "–", "49.40", "51.26"),
+    "composed": ("23.14 / 22.49", "25.20 / 38.51", "39.28", "62.40", "56.82", "49.28", "51.00"),
+    "audio": ("22.95 / 21.87", "25.12 / 38.23", "39.17", "62.20", "56.53", "57.71", "50.94"),
+    "image": ("23.05 / 22.03", "24.96 / 37.68", "38.90", "62.27", "56.44", "48.94", "57.08"),
+    "both": ("22.82 / 21.56", "24.88 / 37.69", "38.53", "61.94", "55.89", "57.52", "56.72"),
+}
+"""Table 3, scores: point, audio, video, image, combinations; Clotho-AQA and Flickr30k, the new tasks."""
+
 FORGETTING: Mapping[str, tuple[str, str]] = {
     "one": ("99.86 / 99.67", "96.47 / 91.69"),
     "two": ("99.63 / 99.42", "99.28 / 87.50"),
 }
 """Table 4: retention of previous / new tasks with one and two new tasks, MMER and Model Tailor."""
+
+PAIRS = (
+    ("mmer", "average"),
+    ("mmer", "ties"),
+    ("mmer", "arithmetic+dare"),
+    ("mmer+density", "mmer"),
+    ("mmer+rescale", "mmer"),
+    ("signs", "mmer"),
+    ("damc", "mmer"),
+    ("originals", "mmer"),
+    ("originals", "average"),
+)
+"""Composers that are compared item by item."""
+
+LARGE = {"parameters": 7e9, "specific": 0.3e9, "adapters": 0.32e9}
+"""P, P′ and P* of four 7B experts, in the order of the paper's: what its formulas say of them."""
 
 
 def folder(runs: Path, seed: int) -> Path:
@@ -89,7 +119,8 @@ def tune(runs: Path) -> str:
         rows.append((f"all weights, {rate}", scores))
         print(*rows[-1], flush=True)
     for rate, text in DAMC:
-        experts = f"{{methods: [{{damc: {{rank: 32, alpha: 32, text_rate: {text}}}}}], phase: {{lr: {{connectors: 1e-3, llm: {rate}}}}}}}"
+        phase = f"{{lr: {{connectors: 1e-3, llm: {rate}}}}}"
+        experts = f"{{methods: [{{damc: {{rank: 32, alpha: 32, text_rate: {text}}}}}], phase: {phase}}}"
         alone = [f"composers={{damc: {{rule: damc, experts: {experts}}}}}", "study=null"]
         worker = ComposingWorker(load(NAME, [*alone, *TUNING]), runs / f"mmer-tune-damc-{rate}-{text}")
         scores = {}
@@ -103,26 +134,195 @@ def tune(runs: Path) -> str:
     return "\n".join(["The schedules, by the experts alone:", "", *lines])
 
 
-def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The committed page, from the summaries of finished runs."""
+def table(runs: Path, seeds: Sequence[int]) -> str:
+    """The committed page, from finished runs; their summaries are made anew, by this version of the code."""
+    folders = [folder(runs, seed) for seed in seeds]
+    stores = [RunStore(each) for each in folders]
+    summaries = [summarise(store.spec, store, open_stream(store.spec)) for store in stores]
     found = [summary["composing"] for summary in summaries]
-    page = [
-        "## Expansion",
+    page = ["## Expansion (the paper's Table 1)", "", "Accuracy in percent; chance is 25. In brackets the paper's.", ""]
+    page += [*_expansion(found), ""]
+    page += [*_pairs(folders, seeds, found, summaries, "expansion"), ""]
+    said = "Percent of the experts' scores. MMER, signs and DAMC recover each expert; the others are one merged model."
+    page += ["## Retention (Table 2)", "", said, "", *_retention(summaries, found), ""]
+    page += [*_pairs(folders, seeds, found, summaries, "recovered"), ""]
+    page += [*_pairs(folders, seeds, found, summaries, "joint"), ""]
+    page += ["The experts' own scores:", "", *_experts(summaries), ""]
+    page += ["## Without a step of the decoupling (Table 5)", "", *_ablation(found), ""]
+    page += [
+        "## Masks (Figure 4 a)",
         "",
-        "Accuracy in percent; chance is 25. In brackets the paper's.",
+        "Percent of the LLM's parameters that a mask selects.",
         "",
-        *_expansion(found),
+        *_shares(found),
         "",
     ]
-    page += ["## Retention", "", "Percent of the experts' scores; MMER and signs recover each expert.", ""]
-    page += [*_retention(summaries, found), ""]
-    page += ["## Without a step of the decoupling", "", *_ablation(found), ""]
-    page += ["## Share of the parameters that a mask selects", "", *_shares(found), ""]
-    page += ["## Density and significance", "", "Accuracy over combinations / retention, validation data, percent.", ""]
+    page += ["## Density and significance (Figure 4 b)", ""]
+    page += ["Accuracy over combinations / retention, validation data, percent; one λ for all experts.", ""]
     page += [*_sweep(found), ""]
-    page += ["## Number of experts", "", *_counts(found), ""]
-    page += ["## New tasks", "", *_forgetting(found), ""]
+    page += ["## Number of experts, and storage (Figure 5)", "", *_counts(found), "", *_storages(found), ""]
+    page += ["## New tasks (Tables 3 and 4)", "", *_forgetting(found), "", *_forgotten(found), ""]
+    page += [*_tailored(folders, seeds, found, summaries), ""]
     return "\n".join(page)
+
+
+def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _items(home: Path, name: str, rule: str, what: str) -> dict[str, Any]:
+    """Task -> item -> score of a composer."""
+    place = home / "composers" / name
+    if what != "recovered" or rule not in (*ROUTED, ORIGINALS):
+        found: dict[str, Any] = read_json(place / "expand" / "items.json")
+        return found
+    parts = sorted((home / "experts").glob("[!.]*") if rule == ORIGINALS else place.glob("retain-*"))
+    return {task: items for part in parts for task, items in read_json(part / "items.json").items()}
+
+
+def _pairs(
+    folders: Sequence[Path],
+    seeds: Sequence[int],
+    found: Sequence[Mapping[str, Any]],
+    summaries: Sequence[Mapping[str, Any]],
+    what: str,
+) -> list[str]:
+    """Paired differences in points, from the scores of single items."""
+    rows = []
+    for first, second in PAIRS:
+        if first not in found[0]["composers"] or second not in found[0]["composers"]:
+            continue
+        cells, values = [], []
+        for place, seed, each, summary in zip(folders, seeds, found, summaries, strict=True):
+            one, other = (_items(place, name, each["composers"][name]["rule"], what) for name in (first, second))
+            experts = {task: value for tasks in summary["experts"].values() for task, value in tasks.items() if value}
+            if what == "expansion":
+                experts = {f"expansion_{name}": 1.0 for name in each["composers"][first]["expansion"]}
+            difference = bootstrap.paired_difference(one, other, experts, seed=seed)
+            values.append(difference.value)
+            cells.append(_interval(difference))
+        rows.append([f"{first} − {second}", *cells, f"**{statistics.fmean(values):+.1f}**"])
+    about = {
+        "expansion": "the mean accuracy over combinations",
+        "recovered": "the mean retention",
+        "joint": "the mean retention of one model with all modalities",
+    }[what]
+    said = f"Paired differences of {about}, in points, per seed (95 % bootstrap interval over test items):"
+    return [said, "", *_rows(["pair", *(f"seed {seed}" for seed in seeds), "mean"], rows)]
+
+
+def _interval(difference: bootstrap.Difference) -> str:
+    return f"{difference.value:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
+
+
+def _experts(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Scores of the experts, and of the experts that see other samples' media."""
+    tasks = [(stage, task) for stage, scores in summaries[0]["experts"].items() for task in scores]
+    rows = []
+    for kind in ("experts", "blind"):
+        means = [statistics.fmean(each[kind][stage][task] for each in summaries) for stage, task in tasks]
+        kept = [
+            statistics.fmean(gains.retention(each[kind][s], each["experts"][s]) for s in each["order"])
+            for each in summaries
+        ]
+        rows.append([kind, *(f"{mean:.3g}" for mean in means), _spread(kept)])
+    return _rows(["", *(task for _, task in tasks), "% of the experts"], rows)
+
+
+def _forgotten(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Table 3: every modality after every scenario."""
+    order = list(next(iter(found[0]["composers"].values()))["retention"])
+    rows = []
+    plain = [each["composers"]["mmer"] for each in found]
+    scenarios = {"composed": plain} | {
+        name: [each["forgetting"][name]["composed"] for each in found] for name in found[0]["forgetting"]
+    }
+    for name, results in scenarios.items():
+        cells = [_spread([result["retention"][stage] for result in results]) for stage in order]
+        cells += [_spread([100 * result["expansion_mean"] for result in results])]
+        rows.append([name, *cells, "; ".join(TASKS.get(name, ()))])
+    rows.append(["*the paper's originals*", *[""] * (len(order) + 1), "; ".join(TASKS["originals"])])
+    head = [
+        "MMER",
+        *order,
+        "combinations",
+        "paper's scores: point; audio; video; image; combinations; new audio; new image",
+    ]
+    return _rows(head, rows)
+
+
+def _tailored(
+    folders: Sequence[Path],
+    seeds: Sequence[int],
+    found: Sequence[Mapping[str, Any]],
+    summaries: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """MMER against Model Tailor, item by item, on what both are asked."""
+    rows = []
+    for name, row in found[0]["forgetting"].items():
+        for owner in row["tailor"]:
+            for kind in ("previous", "new"):
+                cells, values = [], []
+                for home, seed, summary in zip(folders, seeds, summaries, strict=True):
+                    place = home / "forgetting" / name
+                    tailored = read_json(place / f"tailor-{owner}" / "test" / "items.json")
+                    experts = (
+                        summary["experts"][owner]
+                        if kind == "previous"
+                        else _tuned(home, tailored, summary["experts"][owner])
+                    )
+                    routes = [owner] if kind == "previous" else list(experts)
+                    mine: dict[str, Any] = {}
+                    for route in routes:
+                        mine |= read_json(place / f"retain-{route}" / "items.json")
+                    difference = bootstrap.paired_difference(mine, tailored, experts, seed=seed)
+                    values.append(difference.value)
+                    cells.append(_interval(difference))
+                rows.append([f"{name}, {owner}", kind, *cells, f"**{statistics.fmean(values):+.1f}**"])
+    said = "MMER − Model Tailor on the same tasks, in points of retention, per seed (95 % bootstrap interval over test items):"
+    return [said, "", *_rows(["scenario", "tasks", *(f"seed {seed}" for seed in seeds), "mean"], rows)]
+
+
+def _tuned(home: Path, tailored: Mapping[str, Any], previous: Mapping[str, float]) -> dict[str, float]:
+    """New task -> score of fine-tuning on it alone."""
+    new = [task for task in tailored if task not in previous]
+    return {task: float(read_json(home / "later" / task / "result.json")["new"][task]) for task in new}
+
+
+def _storages(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Bits by the formulas, here and for large models; and what lies on disk."""
+    storage, composers = found[0]["storage"], found[0]["composers"]
+    kinds = {"average": "plain", "mmer": "mmer", "signs": "signs", "damc": "damc", "originals": "originals"}
+    rows = []
+    for name, kind in kinds.items():
+        if name not in composers or kind not in storage["bits"]:
+            continue
+        bits = storage["bits"][kind]
+        large = (
+            f"{storage_bits(kind, 4, LARGE['parameters'], LARGE['specific'], LARGE['adapters']) / 8e9:.1f} GB"
+            if kind in METHODS
+            else "–"
+        )
+        row = [
+            kind,
+            f"{bits / 1e6:.1f}",
+            f"{100 * bits / storage['bits']['originals']:.0f} %",
+            f"{composers[name]['bytes'] / 1e6:.2f} MB",
+            large,
+        ]
+        rows.append(row)
+    head = [
+        "",
+        "Mbit, here",
+        "of the originals",
+        "on disk, without encoders and the base LLM",
+        "four 7B experts, the paper's formulas",
+    ]
+    return _rows(head, rows)
 
 
 def _expansion(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -160,6 +360,18 @@ def _retention(summaries: Sequence[Mapping[str, Any]], found: Sequence[Mapping[s
         cells += [_spread([r["probes"]["instructions"] for r in results], 3)]
         cells += ["; ".join(_settings(r) for r in results), ", ".join(RETENTION.get(name, ()))]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
+        if "own" in results[0]:
+            own = [r["own"] for r in results]
+            cells = [_spread([r["retention"][stage] for r in own]) for stage in order]
+            cells += [_spread([r[key] for r in own]) for key in ("retention_mean", "expanded_retention_mean")]
+            rows.append(f"| *{name}, of its own experts* | " + " | ".join(cells) + " | | | |")
+    blind = [[gains.retention(each["blind"][s], each["experts"][s]) for each in summaries] for s in order]
+    means = [statistics.fmean(seed) for seed in zip(*blind, strict=True)]
+    base = _spread([each["base"]["instructions"] for each in summaries], 3)
+    rows.append(
+        "| *experts, other samples' media* | " + " | ".join([*map(_spread, blind), _spread(means)]) + " | | | | |"
+    )
+    rows.append("| *base before any stage* |" + " |" * (len(order) + 2) + f" {base} | | |")
     return rows
 
 
@@ -180,9 +392,14 @@ def _ablation(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _shares(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    shares = [each["composers"]["mmer"]["mask_share"] for each in found]
-    cells = [_spread([100 * share[name] for share in shares]) for name in shares[0]]
-    return ["| " + " | ".join(shares[0]) + " |", "|---" * len(cells) + "|", "| " + " | ".join(cells) + " |"]
+    masked = [name for name, row in found[0]["composers"].items() if row.get("mask_share")]
+    routes = list(found[0]["composers"][masked[0]]["mask_share"])
+    rows = [
+        [name, *(_spread([100 * each["composers"][name]["mask_share"][route] for each in found]) for route in routes)]
+        for name in masked
+    ]
+    rows.append(["*paper*", MASKS, *[""] * (len(routes) - 1)])
+    return _rows(["", *routes], rows)
 
 
 def _sweep(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -233,31 +450,39 @@ def _kept(found: Mapping[str, Any], names: str, composer: str) -> float:
 
 def _storage(found: Mapping[str, Any], count: int) -> float:
     """MMER's bits in percent of the originals', by the paper's formula."""
-    from graftlm.merging.mmer import storage_bits
-
     llm, own = found["storage"]["llm"], found["storage"]["own"]
     return 100 * storage_bits("mmer", count, llm, own) / storage_bits("originals", count, llm, own)
 
 
 def _forgetting(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    head = "| scenario | all previous tasks | combinations | new tasks | expert before them "
-    head += "| Model Tailor, previous / new | fine-tuning, previous / new |"
-    rows = [head, "|---" * 7 + "|"]
+    """Table 4: previous tasks of the same modality, and new ones."""
+    head = ["scenario", "MMER, previous / new", "Model Tailor", "fine-tuning", "expert before, new"]
+    head += ["MMER, other modalities", "λ of the experts and the new tasks, per seed", "size of the patch, per seed"]
+    rows = []
     for name in found[0]["forgetting"]:
         results = [each["forgetting"][name] for each in found]
-        cells = [_spread([r["composed"]["retention_mean"] for r in results])]
-        cells += [_spread([100 * r["composed"]["expansion_mean"] for r in results])]
-        cells += [_spread([statistics.fmean(r["composed"]["new"].values()) for r in results])]
-        cells += [_spread([statistics.fmean(r["untouched"].values()) for r in results])]
+        cells = [
+            _both(
+                [r["composed"]["previous"].values() for r in results], [r["composed"]["new"].values() for r in results]
+            )
+        ]
         for method in ("tailor", "finetune"):
-            both = [
-                _spread([statistics.fmean(v[key] for v in r[method].values()) for r in results])
-                for key in ("previous", "new")
-            ]
-            cells.append(" / ".join(both))
-        rows.append(f"| {name} ({', '.join(results[0]['tasks'])}) | " + " | ".join(cells) + " |")
-    said = [f"{count} new: MMER {mine}, Model Tailor {other}" for count, (mine, other) in FORGETTING.items()]
-    return [*rows, "", f"The paper's Table 4, previous / new tasks: {'; '.join(said)}."]
+            sides = [[[v[key] for v in r[method].values()] for r in results] for key in ("previous", "new")]
+            cells.append(_both(*sides))
+        cells.append(_spread([statistics.fmean(r["untouched"].values()) for r in results]))
+        cells.append(_spread([r["composed"]["others_mean"] for r in results]))
+        cells.append("; ".join(_settings(r["composed"]) for r in results))
+        cells.append("; ".join(" ".join(f"{v['share']:g}" for v in r["tailor"].values()) for r in results))
+        rows.append([f"{name} ({', '.join(results[0]['tasks'])})", *cells])
+    said = "Retention in percent. Previous tasks are those of the modality that learns; new ones are in percent of fine-tuning "
+    said += "on them alone. Fine-tuning learns the tasks of one modality one after the other. Model Tailor: one patched expert "
+    said += "per modality; of two tasks of one modality both patches, and their mean where they overlap (the paper does not say)."
+    paper = [f"{count} new: MMER {mine}, Model Tailor {other}" for count, (mine, other) in FORGETTING.items()]
+    return [said, "", *_rows(head, rows), "", f"The paper's Table 4, previous / new tasks: {'; '.join(paper)}."]
+
+
+def _both(previous: Sequence[Iterable[float]], new: Sequence[Iterable[float]]) -> str:
+    return " / ".join(_spread([statistics.fmean(list(values)) for values in side]) for side in (previous, new))
 
 
 def _spread(values: Sequence[float], digits: int = 1) -> str:
@@ -290,8 +515,7 @@ def main() -> None:
             }
             print(seed, kept, flush=True)
     else:
-        pages = [json.loads((folder(arguments.runs, seed) / "summary.json").read_text()) for seed in arguments.seeds]
-        write("mmer-miniworld.md", table(pages))
+        write("mmer-miniworld.md", table(arguments.runs, arguments.seeds))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from graftlm.core import seeds
+from graftlm.core.cache import cache_folder
 from graftlm.data.miniworld.world import WorldSpec, build
 from graftlm.data.streams import miniworld
 from graftlm.data.types import Sample, Stage
 from graftlm.experiment.spec import load
-from graftlm.experiment.stages import cache_folder
 from graftlm.learning.fit import fit
 from graftlm.learning.phase import SCHEDULES
 from graftlm.model.features import FeatureCache

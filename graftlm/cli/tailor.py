@@ -42,7 +42,7 @@ def tailor(
     """  # noqa: D301  click reads the \b
     import torch  # slow: after the arguments are known to be right
 
-    from graftlm.experiment.stages import cache_folder
+    from graftlm.core.cache import cache_folder
     from graftlm.experiment.tailoring import tailor_model
     from graftlm.model.features import FeatureCache
 

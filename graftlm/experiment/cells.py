@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from graftlm.core import seeds
+from graftlm.core.cache import cache_folder
 from graftlm.core.errors import RunError
 from graftlm.core.files import is_complete, locked
 from graftlm.data import streams
@@ -23,7 +24,7 @@ from graftlm.evaluation import suite
 from graftlm.evaluation.blind import blind
 from graftlm.experiment.progress import Progress
 from graftlm.experiment.spec import ExperimentSpec
-from graftlm.experiment.stages import LearnedStage, StageStore, cache_folder, copy_linked
+from graftlm.experiment.stages import LearnedStage, StageStore, copy_linked
 from graftlm.experiment.store import RunStore
 from graftlm.learning.method import Method
 from graftlm.learning.phase import Schedule

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core import seeds
+from graftlm.core.cache import cache_folder
 from graftlm.core.errors import ConfigError, MergeError, did_you_mean
 from graftlm.core.files import hash_json, is_complete, locked, milestone, read_json, write_json
 from graftlm.data.types import Phase, Stage, Stream, Task
@@ -44,7 +45,7 @@ from graftlm.experiment.progress import Progress
 from graftlm.experiment.settings import ComposerSettings, ForgettingSettings, StudySettings
 from graftlm.experiment.sizes import count
 from graftlm.experiment.spec import ExperimentSpec
-from graftlm.experiment.stages import LearnedStage, StageStore, cache_folder, copy_linked
+from graftlm.experiment.stages import LearnedStage, StageStore, copy_linked
 from graftlm.experiment.store import RunStore
 from graftlm.learning.method import Method, check_adapters
 from graftlm.learning.phase import Schedule

@@ -36,7 +36,7 @@ from graftlm.merging.checks import Grown, Model
 from graftlm.merging.compose import RECIPE, SIDE_FILES, Inputs, compose, open_inputs, sources
 from graftlm.merging.compose import _ledger as ledger_updates
 from graftlm.merging.headers import Adapter, Weights
-from graftlm.merging.recipe import COMPOSERS, DTYPES, Recipe, combination
+from graftlm.merging.recipe import COMPOSERS, DTYPES, EXPERTS, Recipe
 from graftlm.merging.sources import Factors, FileSource, Source, Update, UpdatedSource
 from graftlm.merging.spectral import Report
 from graftlm.merging.stream import Progress, default_threads
@@ -274,11 +274,11 @@ def check_rule(rule: str, settings: Mapping[str, Any], folder: Path, base: Path 
     Raises:
         MergeError: no such rule, one that keeps models apart or needs several, or wrong settings.
     """
-    recipe = Recipe(rule, {TUNED: str(folder)}, None if base is None else str(base), dict(settings))
-    if rule in COMPOSERS and combination(recipe).keep != "merged":
+    if rule not in RULES.table() and rule in (*COMPOSERS, EXPERTS):
         raise MergeError(
             f"{rule}: keeps several models apart; a rule for one fine-tune is expected: {', '.join(_factored())}."
         )
+    recipe = Recipe(rule, {TUNED: str(folder)}, None if base is None else str(base), dict(settings))
     sample = torch.ones(2, 2)
     try:
         RULES.get(rule)(sample, [sample], **{key: value for key, value in settings.items() if key != "trim"})

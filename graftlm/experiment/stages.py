@@ -39,18 +39,10 @@ from graftlm.model.features import FeatureCache
 from graftlm.model.multimodal import MultimodalLM
 from graftlm.model.specs import ModelSpec
 
-__all__ = ["ROOT", "LearnedStage", "StageStore", "cache_folder", "copy_linked"]
+__all__ = ["ROOT", "LearnedStage", "StageStore", "copy_linked"]
 
 ROOT = "base"
 """Key of the parent of a first stage: the base model without any modality."""
-
-
-def cache_folder() -> Path:
-    """Where stages, worlds and encoder features are kept between runs: ``$GRAFTLM_CACHE``, else the user's cache."""
-    root = os.environ.get("GRAFTLM_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "graftlm"
 
 
 @functools.cache

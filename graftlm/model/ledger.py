@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from graftlm.core.errors import CheckpointError
-from graftlm.core.files import read_json
+from graftlm.model.manifest import tensor_files
 
 __all__ = ["BaseWeights", "LedgerEntry", "effective"]
 
@@ -104,7 +104,7 @@ class BaseWeights:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._files = {} if folder is None else _index(folder)
+        self._files = {} if folder is None else tensor_files(folder)
         self._copies: dict[str, Tensor] = {}
         self._kept: set[str] = set()
 
@@ -148,15 +148,3 @@ def effective(name: str, base: BaseWeights, entries: Sequence[LedgerEntry], devi
     for entry in entries[start:]:
         weight = entry.add_to(name, weight)
     return weight
-
-
-def _index(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, of a Hugging Face folder; empty if it holds no safetensors."""
-    listing = folder / "model.safetensors.index.json"
-    if listing.is_file():
-        return {name: folder / file for name, file in read_json(listing)["weight_map"].items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        return {}
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)

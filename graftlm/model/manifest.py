@@ -1,6 +1,5 @@
 """What a checkpoint folder says about itself, and whether its files agree."""
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from graftlm.core.cache import hash_unchanged
 from graftlm.core.errors import CheckpointError, did_you_mean
 from graftlm.core.files import hash_file, hash_json, read_json
 from graftlm.data.types import TEXT, Modality
@@ -197,8 +197,7 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, hashes:
     owners = {expected["sha256"]: file for file, expected in files.items()}
     for file, expected in files.items() if hashes else ():
         path = folder / file
-        large = file.startswith(f"{INSIDE}/")  # `hash_llm` reads it too
-        found = _hash_unchanged(path, path.stat().st_size, path.stat().st_mtime_ns) if large else hash_file(path)
+        found = hash_file(path)
         if found != expected["sha256"]:
             swapped = f" This is the content of {owners[found]}: files were swapped." if found in owners else ""
             raise CheckpointError(
@@ -217,14 +216,9 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def hash_llm(folder: Path) -> str:
-    """One hash of all weight files of an LLM. A file is read once per process, unless its size or time changes."""
+    """One hash of all weight files of an LLM. A file is read once, until its size, times or inode change."""
     files = sorted(folder.glob("*.safetensors"))
-    return hash_json({file.name: _hash_unchanged(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files})
-
-
-@functools.cache
-def _hash_unchanged(path: Path, size: int, modified: int) -> str:
-    return hash_file(path)
+    return hash_json({file.name: hash_unchanged(file) for file in files})
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

@@ -172,7 +172,7 @@ def _expansion(run: Run) -> Sheet:
             values = [*row["blind"].values(), statistics.fmean(row["blind"].values())]
             rows.append(("blind", [100 * value for value in values], f"{name}, shown other samples' media", "floor"))
     about = (
-        "Accuracy in percent on questions that need every medium they come with; chance is 25. One model, all modalities. "
+        "Accuracy in percent on lettered questions over several inputs at once; chance is 25. One model, all modalities. "
         "Letters: image, video, audio, point cloud."
     )
     columns = (*(name.upper() for name in combinations), "mean")

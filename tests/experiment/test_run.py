@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from graftlm.core.cache import cache_folder
 from graftlm.core.errors import DataError, RunError
 from graftlm.core.files import read_json
 from graftlm.experiment import cells, workers
@@ -13,7 +14,6 @@ from graftlm.experiment.cells import Cell
 from graftlm.experiment.progress import Silent
 from graftlm.experiment.run import run
 from graftlm.experiment.spec import ExperimentSpec, load
-from graftlm.experiment.stages import cache_folder
 
 QUICK = ["data.size=tiny", "phases={schedule: miniworld, pretrain: {epochs: 1}, finetune: {epochs: 1}}", "jobs=1"]
 MIXES = "methods={finetune: [finetune], eproj: [eproj], mera: [{mera: {fraction: 0.5, epochs: 1}}]}"

@@ -89,7 +89,8 @@ def build(folder: Path, *, shift: float = 0.0, finished: bool = True) -> Path:
             path = folder / "composers" / name / "expand" / "predictions" / "expansion_ia.jsonl"
             path.parent.mkdir(parents=True)
             lines = [
-                {"sample_id": str(i), "task": "expansion_ia", "prompt": f"which is <b>{i}</b> ?", "output": output, "references": [right]}
+                {"sample_id": str(i), "task": "expansion_ia", "prompt": f"which is <b>{i}</b> ?"}
+                | {"output": output, "references": [right]}
                 for i, (output, right) in enumerate(zip(outputs, "ab", strict=True))
             ]  # fmt: skip
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))

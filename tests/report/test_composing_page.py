@@ -51,7 +51,8 @@ def test_tables(read: Page) -> None:
 def test_only_composers_are_marked_as_best(run: Path) -> None:
     (_, _, (sheet,)), *_ = composing.sections(read_run(run))
     best = {row.name: [cell.best for cell in row.cells] for row in sheet.rows}
-    assert best == {"average": [False] * 3, "mmer": [True] * 3, "damc": [False] * 3, "originals": [False] * 3, "blind": [False] * 3}  # fmt: skip
+    assert best.pop("mmer") == [True] * 3
+    assert list(best) == ["average", "damc", "originals", "blind"] and not any(map(any, best.values()))
     assert [row.kind for row in sheet.rows] == ["method", "method", "method", "floor", "floor"]
 
 

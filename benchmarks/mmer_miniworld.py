@@ -96,6 +96,8 @@ PAIRS = (
 )
 """Composers that are compared item by item."""
 
+SYMBOLS = {"significance": "λ", "density": "K", "drop": "p"}
+
 LARGE = {"parameters": 7e9, "specific": 0.3e9, "adapters": 0.32e9}
 """P, P′ and P* of four 7B experts, in the order of the paper's: what its formulas say of them."""
 
@@ -377,8 +379,14 @@ def _retention(summaries: Sequence[Mapping[str, Any]], found: Sequence[Mapping[s
 
 def _settings(result: Mapping[str, Any]) -> str:
     """Chosen values, short."""
-    own = [f"{key[0]}{value}" for values in result["per_model"].values() for key, value in values.items()]
-    return " ".join([*(f"{key} {value}" for key, value in result["settings"].items()), *own])
+    own = [f"{value:g}" for values in result["per_model"].values() for value in values.values()]
+    names = dict.fromkeys(SYMBOLS.get(key, key) for values in result["per_model"].values() for key in values)
+    shared = [
+        f"{SYMBOLS.get(key, key)} {value}"
+        for key, value in result["settings"].items()
+        if key not in ("then", "rescale")
+    ]
+    return " ".join([*shared, *names, "/".join(own)]).strip() or "–"
 
 
 def _ablation(found: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -33,8 +33,7 @@ from graftlm.core.files import atomic_folder, hash_json, read_json, write_json, 
 from graftlm.merging import RULES, checks, headers, spectral
 from graftlm.merging.card import card
 from graftlm.merging.checks import Grown, Model
-from graftlm.merging.compose import RECIPE, SIDE_FILES, Inputs, compose, open_inputs, sources
-from graftlm.merging.compose import _ledger as ledger_updates
+from graftlm.merging.compose import RECIPE, SIDE_FILES, Inputs, compose, ledger_updates, open_inputs, sources
 from graftlm.merging.headers import Adapter, Weights
 from graftlm.merging.recipe import COMPOSERS, DTYPES, EXPERTS, Recipe
 from graftlm.merging.sources import Factors, FileSource, Source, Update, UpdatedSource

@@ -1,7 +1,7 @@
 """What a run would do: the same walk, counting instead of training."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from graftlm import methods as shelf
@@ -235,7 +235,11 @@ class _Walker:
         methods = shelf.build(composer.experts.methods, f"composers.{name}.experts.methods")
         try:
             for stage in stream.stages:
-                self.stages.append(self._stage(f"expert of {name}", stage, (), methods, None))
+                planned = self._stage(f"expert of {name}", stage, (), methods, None)
+                if any(method.adapter == "own" for method in methods):
+                    note = f"{name}: its experts have an adapter of their own; the LLM's own parameters are counted instead."
+                    planned = replace(planned, notes=(*planned.notes, note))
+                self.stages.append(planned)
         finally:
             self.schedule = plain
 

@@ -27,7 +27,7 @@ from graftlm.core import seeds
 from graftlm.core.errors import CheckpointError, ConfigError, DataError, MergeError, RunError
 from graftlm.core.files import atomic_folder, hash_file, read_json, write_json
 from graftlm.data.types import Sample
-from graftlm.merging.output import Planned, Shards, WorkFolder
+from graftlm.merging.output import Planned, Shards
 from graftlm.merging.tailor import tailor
 from graftlm.model import checkpoint
 from graftlm.model.base import DTYPES, base_folder
@@ -165,7 +165,9 @@ def tailor_model(
             shards.sync()
         finally:
             shards.close()
-        WorkFolder(temporary).write_index(shards)
+        if len(shards.files) > 1:
+            index = {"metadata": {"total_size": shards.bytes}, "weight_map": shards.weight_map}
+            write_json(llm / "model.safetensors.index.json", index)
         _side_files(before.llm, llm, before.dtype)
         for file in before.manifest["files"]:
             if file.startswith(("connectors.", "encoders.")):

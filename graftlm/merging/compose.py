@@ -9,31 +9,33 @@ Paper:   Chen et al., Model Composition for Multimodal Large Language Models (Na
 Differs: effective weights are merged, whatever they are stored as; NaiveMC's released code averages LoRA factors apart.
 """
 
+import contextlib
 import functools
 import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from graftlm.core.cache import hash_unchanged
 from graftlm.core.errors import CheckpointError, MergeError
-from graftlm.core.files import hash_file, hash_json, write_json, write_text
+from graftlm.core.files import MARKER, hash_file, hash_json, write_json, write_text
 from graftlm.merging import checks, headers
 from graftlm.merging.card import card
 from graftlm.merging.checks import Grown, Model
 from graftlm.merging.headers import Adapter, TensorInfo, Weights
-from graftlm.merging.output import Planned, Shards, WorkFolder, work_folder
+from graftlm.merging.output import Planned, Shards, WorkFolder, finish_renamed, is_renamed, work_folder
 from graftlm.merging.recipe import COMPOSERS, DTYPES, EXPERTS, Recipe, combination
 from graftlm.merging.sources import Factors, FileSource, FileState, Source, Update, UpdatedSource
 from graftlm.merging.stream import Merge, Progress
 from graftlm.merging.tensorwise import RAM, TensorMerge
 from graftlm.merging.vectors import key
 
-__all__ = ["Inputs", "compose", "open_inputs", "outputs"]
+__all__ = ["Inputs", "compose", "ledger_updates", "open_inputs", "outputs"]
 
 RECIPE = "recipe.json"
 """File of a folder that says what it was made of."""
@@ -131,7 +133,8 @@ def open_inputs(recipe: Recipe, out: Path | None = None) -> Inputs:
 
 def _least(recipe: Recipe) -> int:
     """Models that a rule needs: one may be weighed against its base."""
-    return 2 if recipe.rule in ("average", "ties", "mmer", "consensus") and not recipe.settings.get("weight") else 1
+    alone = recipe.settings.get("weight", 1.0) != 1.0  # a share of one model is a mixture with its base
+    return 2 if recipe.rule in ("average", "mmer", "signs", "consensus") and not alone else 1
 
 
 def _try(recipe: Recipe) -> None:
@@ -175,7 +178,7 @@ def _changed(inputs: Inputs) -> list[str]:
         return list(inputs.names)
     touched: set[str] = set()
     for model in with_ledgers:
-        touched |= set(model.names if isinstance(model, Adapter) else _ledger(model))
+        touched |= set(model.names if isinstance(model, Adapter) else ledger_updates(model))
     return [name for name in inputs.names if name in touched]
 
 
@@ -199,12 +202,12 @@ def _source(weights: Weights, base: FileSource, model: Model) -> Source:
             return UpdatedSource(base, updates, [FileSource(model.folder, model.tensors)])
         case Grown():
             if model.llm:
-                return _source(weights, base, headers.read_weights(model.llm))
+                base = FileSource(model.llm, headers.read_weights(model.llm).tensors)
             files = [FileSource(model.folder, headers.read_header(model.folder / f)) for f in model.manifest["ledger"]]
-            return UpdatedSource(base, _ledger(model), files)
+            return UpdatedSource(base, ledger_updates(model), files)
 
 
-def _ledger(model: Grown) -> dict[str, list[tuple[str, Update]]]:
+def ledger_updates(model: Grown) -> dict[str, list[tuple[str, Update]]]:
     """Parameter -> what its ledger does to it, in order."""
     updates: dict[str, list[tuple[str, Update]]] = {}
     for file in model.manifest["ledger"]:
@@ -288,11 +291,12 @@ def compose(
         from graftlm.merging.damc import compose_damc  # imports torch
 
         return compose_damc(recipe, out, progress)
-    inputs = open_inputs(recipe, out)
+    inputs = open_inputs(recipe, None if is_renamed(out) else out)
     states = {path: FileState.of(path) for path in inputs.files}
     job = hash_json([recipe.digest, [[str(path.resolve()), vars(state)] for path, state in states.items()]])
-    with work_folder(out, job) as work, ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(lambda: {str(path): hash_unchanged(path) for path in inputs.files})
+    if finish_renamed(out, job):
+        return out
+    with work_folder(out, job) as work, _hashing(inputs.files) as hashing:
         share = _merge(inputs, work, threads, ram, progress)
         progress("hashing", 0, 1)
         hashes = hashing.result()
@@ -304,6 +308,21 @@ def compose(
             )
         _finish(inputs, work, hashes, share)
     return out
+
+
+@contextlib.contextmanager
+def _hashing(files: Sequence[Path]) -> Iterator[Future[dict[str, str]]]:
+    """Hashes of files, by path, from a thread of their own; given up when the block ends without waiting for them."""
+    stop = threading.Event()
+
+    def work() -> dict[str, str]:
+        return {str(path): hash_unchanged(path) for path in files if not stop.is_set()}
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(work)
+        finally:
+            stop.set()
 
 
 def _merge(
@@ -374,12 +393,12 @@ def _finish(inputs: Inputs, work: WorkFolder, hashes: Mapping[str, str], share: 
     }
     if share:
         record["mask_share"] = dict(zip(inputs.models, share[""], strict=True))
+    write_text(work.path / "README.md", card(inputs.recipe, record["inputs"], inputs.base.folder.name))
     if inputs.kind == "hf" and not inputs.routed:
         _side_files(inputs.base.folder, work.path, inputs.recipe.dtype)
         write_json(work.path / RECIPE, {**record, "files": dict(hashes)})
     else:
         _checkpoint(inputs, work.path, record, hashes)
-    write_text(work.path / "README.md", card(inputs.recipe, record["inputs"], inputs.base.folder.name))
 
 
 def _described(inputs: Inputs) -> list[tuple[str, Any, list[Path]]]:
@@ -458,7 +477,7 @@ def _checkpoint(inputs: Inputs, folder: Path, record: Mapping[str, Any], hashes:
         "files": {
             path.relative_to(folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size}
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "journal.jsonl"
+            if path.is_file() and path.name not in (MANIFEST, MARKER)
         },
     }
     write_json(folder / MANIFEST, described)

@@ -1,7 +1,7 @@
 """Where merged weights are written: safetensors files of known size, filled in any order, continued after a crash.
 
-A folder is built under the name ``.<name>.partial`` beside its final place. What is finished stands in its journal, and is
-on the disk before it does; the same job continues from there, another job starts again.
+A folder is built under the name ``.<name>.partial`` beside its final place. What is finished stands in ``.<name>.journal``,
+and is on the disk before it does; the same job continues from there, another job starts again.
 """
 
 import contextlib
@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.core.errors import MergeError, RunError
-from graftlm.core.files import MARKER, append_jsonl, locked, milestone, read_jsonl, sync, write_json
+from graftlm.core.files import MARKER, append_jsonl, is_complete, locked, milestone, read_jsonl, sync, write_json
 
-__all__ = ["Planned", "Shards", "WorkFolder", "work_folder"]
+__all__ = ["Planned", "Shards", "WorkFolder", "finish_renamed", "is_renamed", "work_folder"]
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
 """Bytes per number of what is written."""
 
 SHARD_BYTES = 5 * 10**9
 """The most bytes of one file, unless one tensor is larger."""
-
-JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -139,11 +137,11 @@ def _header(tensors: Sequence[Planned]) -> tuple[bytes, int]:
 
 
 class WorkFolder:
-    """A folder under construction, with a journal of what is finished."""
+    """A folder under construction, and a journal of what is finished."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, journal: Path) -> None:
         self.path = path
-        self._journal = path / JOURNAL
+        self._journal = journal
 
     def entries(self) -> list[Mapping[str, Any]]:
         """The journal."""
@@ -161,6 +159,25 @@ class WorkFolder:
             write_json(shards.files[0].parent / "model.safetensors.index.json", index)
 
 
+def is_renamed(out: Path) -> bool:
+    """Whether a crash came after the folder got its name, and before its journal was deleted."""
+    return is_complete(out) and _beside(out, "journal").is_file()
+
+
+def finish_renamed(out: Path, job: str) -> bool:
+    """Clean up after such a crash; whether ``out`` is what this job makes."""
+    journal = _beside(out, "journal")
+    if not is_renamed(out) or read_jsonl(journal)[0].get("job") != job:
+        return False
+    journal.unlink()
+    _beside(out, "lock").unlink(missing_ok=True)
+    return True
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f".{out.name}.{what}")
+
+
 @contextlib.contextmanager
 def work_folder(out: Path, job: str) -> Iterator[WorkFolder]:
     """Build a folder; it appears under its name when the block ends without an error.
@@ -173,20 +190,20 @@ def work_folder(out: Path, job: str) -> Iterator[WorkFolder]:
         MergeError: ``out`` holds something.
         RunError: another process builds it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MergeError(f"{out}: holds something; a new folder is expected. Name another --out, or delete this one.")
-    path = out.with_name(f".{out.name}.partial")
-    with locked(
-        out.with_name(f".{out.name}.lock"), busy=f"{out}: another process builds this folder. Wait for it, or stop it."
-    ):
-        work = WorkFolder(path)
-        entries = work.entries() if path.is_dir() else []
-        if not entries or entries[0].get("job") != job:
+    path, journal, lock = (_beside(out, what) for what in ("partial", "journal", "lock"))
+    with locked(lock, busy=f"{out}: another process builds this folder. Wait for it, or stop it."):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise MergeError(
+                f"{out}: holds something; a new folder is expected. Name another --out, or delete this one."
+            )
+        work = WorkFolder(path, journal)
+        entries = work.entries()
+        if not path.is_dir() or not entries or entries[0].get("job") != job:
             shutil.rmtree(path, ignore_errors=True)
+            journal.unlink(missing_ok=True)
             path.mkdir(parents=True)
             work.note(job=job)
         yield work
-        (path / JOURNAL).unlink()
         (path / MARKER).touch()
         for file in sorted(path.rglob("*")):
             sync(file)
@@ -195,5 +212,7 @@ def work_folder(out: Path, job: str) -> Iterator[WorkFolder]:
         if out.is_dir():
             out.rmdir()
         os.rename(path, out)
+        milestone("merge.renamed")
         sync(out.parent)
-    out.with_name(f".{out.name}.lock").unlink(missing_ok=True)
+        journal.unlink()
+    lock.unlink(missing_ok=True)

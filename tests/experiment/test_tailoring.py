@@ -167,6 +167,17 @@ def test_the_result_is_an_ordinary_checkpoint(pair: Pair, samples: list[Sample],
     assert all(torch.equal(sewn[name], later[name]) for name in sewn if in_blocks(name))
 
 
+def test_large_llms_are_sharded(
+    pair: Pair, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = weights(tailor_model(*pair, samples, tmp_path / "whole"))
+    monkeypatch.setattr("graftlm.merging.output.SHARD_BYTES", 10**6)
+    out = tailor_model(*pair, samples, tmp_path / "parts")
+    assert len(list((out / "llm").glob("model-*-of-*.safetensors"))) > 2
+    parts = weights(out)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_an_llm_in_bfloat16_stays_in_it(samples: list[Sample], tmp_path: Path) -> None:
     model = grown(ModelSpec("miniworld", (IMAGE,), None, "bfloat16"))
     checkpoint.save(model, tmp_path / "original", history=[])

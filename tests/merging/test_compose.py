@@ -152,7 +152,9 @@ def test_a_wrong_recipe_says_what_is_wrong(tree: dict[str, Any], message: str) -
 def test_fewer_than_two_models(folders: Folders, tmp_path: Path) -> None:
     base, models = folders(models=1)
     with pytest.raises(MergeError, match="1 given, at least 2 expected"):
-        compose(Recipe("ties", {"m1": str(models[0])}, str(base)), tmp_path / "out")
+        compose(Recipe("mmer", {"m1": str(models[0])}, str(base)), tmp_path / "out")
+    done = command("ties", "--base", str(base), "--model", f"m1={models[0]}", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and "at least 2 are expected" in done.stderr.replace("\n", " ")
 
 
 def test_wrong_settings_of_a_rule_of_tensors(folders: Folders, tmp_path: Path) -> None:
@@ -200,6 +202,23 @@ def test_one_modality_from_two_models_is_refused(tmp_path: Path) -> None:
         checkpoint.save(model, tmp_path / "d", history=[])
     with pytest.raises(MergeError, match="image"):
         open_inputs(Recipe("average", {"a": str(folders[0]), "d": str(tmp_path / "d")}))
+
+
+def test_a_model_that_goes_on_from_a_composed_one(tmp_path: Path) -> None:
+    """Its LLM is inside, and its ledger counts."""
+    folders = {name: grown(tmp_path / name, name, LoraSpec(4, 4.0)) for name in MODALITIES}
+    both = compose(Recipe("average", {name: str(folder) for name, folder in folders.items()}), tmp_path / "both")
+    model = checkpoint.load(both)
+    model.adapter.open(seed=5)
+    with torch.no_grad():
+        for parameter in model.adapter.parameters().values():
+            parameter.add_(0.01)
+    model.adapter.fold()
+    checkpoint.save(model, tmp_path / "later", history=[])
+    recipe = Recipe("keep_new", {"later": str(tmp_path / "later")}, str(base_folder("miniworld")))
+    again = checkpoint.load(compose(recipe, tmp_path / "again"))
+    for name, weight in llm_weights(model).items():
+        torch.testing.assert_close(llm_weights(again)[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_a_composed_model_must_be_restored_first(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def test_killed_at_any_point_it_goes_on_and_ends_byte_identical(rule: str, folde
     for kill in ("merge.noted:2", "merge.noted:4", "merge.written"):
         assert run(tmp_path / "out", kill) == -signal.SIGKILL
         assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "out", "merge.renamed") == -signal.SIGKILL
     assert run(tmp_path / "out") == 0
     whole, resumed = (
         {p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()}
@@ -235,7 +236,7 @@ def test_another_job_starts_again(folders: Folders, tmp_path: Path) -> None:
     base, models = folders()
     partial = tmp_path / ".out.partial"
     partial.mkdir()
-    (partial / "journal.jsonl").write_text('{"job": "another"}\n{"tensors": 5, "kept": [0, 0, 0]}\n')
+    (tmp_path / ".out.journal").write_text('{"job": "another"}\n{"tensors": 5, "kept": [0, 0, 0]}\n')
     (partial / "model.safetensors").write_bytes(b"left over")
     got = flat(merged("average", base, models, tmp_path / "out"))
     assert torch.equal(got, rules.average(flat(read(base)), [flat(read(model)) for model in models]))

@@ -152,7 +152,7 @@ class MultimodalLM(nn.Module):
             torch.default_generator.manual_seed(seed)
             connector = build_connector(spec.connector, encoder.width, encoder.tokens, width)
         self.encoders[spec.name] = encoder.to(self.device)
-        self.connectors[spec.name] = connector.requires_grad_(False).to(self.device)
+        self.connectors[spec.name] = connector.requires_grad_(False).to(self.device).train(self.training)
         self.specs[spec.name] = spec
 
     def remove_modalities(self) -> None:

@@ -72,13 +72,9 @@ def compose(
     from graftlm.merging.compose import compose as run
     from graftlm.merging.compose import open_inputs
     from graftlm.merging.forecast import forecast
-    from graftlm.merging.recipe import EXPERTS, ONE, Recipe
+    from graftlm.merging.recipe import EXPERTS, Recipe
 
     checked = Recipe.from_dict(recipe)
-    if len(checked.models) < 2 and checked.rule not in ONE:
-        raise ConfigError(
-            f"{checked.rule}: 1 model; at least 2 are expected. `graftlm consolidate` weighs one against its base."
-        )
     if out is None and not plan_only:
         raise ConfigError("--out: missing; the folder to make is expected.")
     if calibrate and out is not None and not plan_only:

@@ -136,7 +136,7 @@ def open_change(tuned: Path, base: Path | None = None) -> Change:
         raise MergeError(
             f"--base {base}: no Hugging Face folder, which a fine-tune of an LLM has as its base. Name that."
         )
-    inputs = open_inputs(recipe)
+    inputs = open_inputs(recipe, least=1)
     folder, weights = inputs.base.folder, inputs.base
     if isinstance(model, Adapter):
         before = FileSource(folder, weights.tensors)
@@ -384,7 +384,7 @@ def consolidate(
     if change.kind != "graftlm":
         return _whole(change, recipe, out, threads, progress)
     if RULES.get(rule).factored is None or not isinstance(change.after, UpdatedSource):
-        return compose(recipe, out, threads=threads, progress=progress)
+        return compose(recipe, out, threads=threads, least=1, progress=progress)
     return _densify(tuned, recipe, out, base, threads, progress)
 
 
@@ -613,7 +613,7 @@ def _whole(change: Change, recipe: Recipe, out: Path, threads: int | None, progr
     """All weights, by the merge engine; then the fine-tune's tokenizer beside them."""
     made = out.with_name(f".{out.name}.consolidated")
     shutil.rmtree(made, ignore_errors=True)  # complete, but perhaps of another recipe
-    compose(recipe, made, threads=threads, progress=progress)
+    compose(recipe, made, threads=threads, least=1, progress=progress)
     _copy_side_files(change.tuned, made)
     if out.is_dir():
         out.rmdir()
@@ -630,7 +630,7 @@ def _densify(
     try:
         consolidate(tuned, recipe.rule, recipe.settings, small, base=base, form="adapter", progress=progress)
         whole = Recipe("keep_new", {TUNED: str(small)}, recipe.base, dtype=recipe.dtype)
-        compose(whole, out, threads=threads, progress=progress)
+        compose(whole, out, threads=threads, least=1, progress=progress)
         story = read_json(small / MANIFEST)["history"]
         write_json(out / MANIFEST, {**read_json(out / MANIFEST), "history": story})
     finally:

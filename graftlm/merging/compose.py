@@ -29,7 +29,7 @@ from graftlm.merging.card import card
 from graftlm.merging.checks import Grown, Model
 from graftlm.merging.headers import Adapter, TensorInfo, Weights
 from graftlm.merging.output import Planned, Shards, WorkFolder, finish_renamed, is_renamed, work_folder
-from graftlm.merging.recipe import COMPOSERS, DTYPES, EXPERTS, Recipe, combination
+from graftlm.merging.recipe import COMPOSERS, DTYPES, EXPERTS, ONE, Recipe, combination
 from graftlm.merging.sources import Factors, FileSource, FileState, Source, Update, UpdatedSource
 from graftlm.merging.stream import Merge, Progress
 from graftlm.merging.tensorwise import RAM, TensorMerge
@@ -93,8 +93,11 @@ class Inputs:
         return DTYPES[asked] if asked else self.base.tensors[name].dtype
 
 
-def open_inputs(recipe: Recipe, out: Path | None = None) -> Inputs:
+def open_inputs(recipe: Recipe, out: Path | None = None, *, least: int = 2) -> Inputs:
     """Read the headers of all models, and refuse what does not fit together.
+
+    Args:
+        least: models that must be there, unless the rule is of one model and its base.
 
     Raises:
         CheckpointError: a folder is damaged, unsafe, or holds no model.
@@ -126,15 +129,11 @@ def open_inputs(recipe: Recipe, out: Path | None = None) -> Inputs:
         inputs = Inputs(recipe, base, models, inputs.kind, _changed(inputs), copied)
     if recipe.rule not in COMPOSERS:
         _try(recipe)
-    findings = checks.compare(base, models, out=out, needed=needed_bytes(inputs), least=_least(recipe))
+    findings = checks.compare(
+        base, models, out=out, needed=needed_bytes(inputs), least=1 if recipe.rule in ONE else least
+    )
     checks.require(findings)
     return inputs
-
-
-def _least(recipe: Recipe) -> int:
-    """Models that a rule needs: one may be weighed against its base."""
-    alone = recipe.settings.get("weight", 1.0) != 1.0  # a share of one model is a mixture with its base
-    return 2 if recipe.rule in ("average", "mmer", "signs", "consensus") and not alone else 1
 
 
 def _try(recipe: Recipe) -> None:
@@ -270,6 +269,7 @@ def compose(
     *,
     threads: int | None = None,
     ram: int = RAM,
+    least: int = 2,
     progress: Progress = lambda what, done, total: None,
 ) -> Path:
     """Merge models into a new folder; the same call goes on with what a killed one began.
@@ -278,6 +278,7 @@ def compose(
         out: the folder to make; it appears when it is complete.
         threads: workers, by default one per core.
         ram: bytes of anonymous memory that the merge may take, about.
+        least: see `open_inputs`.
         progress: told what happens, and how many bytes of how many are done.
 
     Returns:
@@ -291,7 +292,7 @@ def compose(
         from graftlm.merging.damc import compose_damc  # imports torch
 
         return compose_damc(recipe, out, progress)
-    inputs = open_inputs(recipe, None if is_renamed(out) else out)
+    inputs = open_inputs(recipe, None if is_renamed(out) else out, least=least)
     states = {path: FileState.of(path) for path in inputs.files}
     job = hash_json([recipe.digest, [[str(path.resolve()), vars(state)] for path, state in states.items()]])
     if finish_renamed(out, job):

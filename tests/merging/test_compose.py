@@ -154,7 +154,7 @@ def test_fewer_than_two_models(folders: Folders, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="1 given, at least 2 expected"):
         compose(Recipe("mmer", {"m1": str(models[0])}, str(base)), tmp_path / "out")
     done = command("ties", "--base", str(base), "--model", f"m1={models[0]}", "--out", str(tmp_path / "out"))
-    assert done.returncode == 2 and "at least 2 are expected" in done.stderr.replace("\n", " ")
+    assert done.returncode == 2 and "at least 2 expected" in done.stderr.replace("\n", " ")
 
 
 def test_wrong_settings_of_a_rule_of_tensors(folders: Folders, tmp_path: Path) -> None:

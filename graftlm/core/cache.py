@@ -1,8 +1,10 @@
 """What is kept between runs because making it again is slow, and may be deleted at any time."""
 
+import contextlib
 import os
 from pathlib import Path
 
+from graftlm.core.errors import RunError
 from graftlm.core.files import append_jsonl, hash_file, locked, read_jsonl
 
 __all__ = ["cache_folder", "hash_unchanged"]
@@ -26,8 +28,9 @@ def hash_unchanged(path: Path) -> str:
             if known == key:
                 return str(found)
     except (OSError, ValueError, TypeError):
-        memory.unlink(missing_ok=True)  # damaged: it is only a memory
+        with contextlib.suppress(OSError):
+            memory.unlink(missing_ok=True)  # damaged: it is only a memory
     found = hash_file(path)
-    with locked(memory.with_suffix(".lock"), wait=60):
-        append_jsonl(memory, [key, found])
+    with contextlib.suppress(OSError, RunError), locked(memory.with_suffix(".lock"), wait=60):
+        append_jsonl(memory, [key, found])  # a memory that cannot be written is none
     return found

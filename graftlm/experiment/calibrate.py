@@ -21,7 +21,7 @@ from graftlm.core.files import hash_json, read_json, write_json
 from graftlm.data.types import Task
 from graftlm.evaluation import gains, suite
 from graftlm.merging.compose import compose, open_inputs
-from graftlm.merging.recipe import PER_MODEL, Recipe
+from graftlm.merging.recipe import Recipe
 from graftlm.merging.stream import Progress
 from graftlm.model import checkpoint
 from graftlm.model.manifest import read_manifest
@@ -66,16 +66,18 @@ def calibrate(
             "`graftlm consolidate --sweep` measures one model against its base."
         )
     own = {name: _own(name, Path(path), tasks) for name, path in recipe.models.items()}
+    asked = {name: [[task.name, [s.id for s in task.val[:limit]], task.source] for task in own[name]] for name in own}
+    identities = {name: [read_manifest(Path(path))["files"], asked[name]] for name, path in recipe.models.items()}
     steps = len(recipes) + 1
     originals: dict[str, dict[str, float]] = {}
     for name, path in recipe.models.items():
         progress("measuring originals", len(originals), len(own))
-        identity = read_manifest(Path(path))["files"]
-        originals[name] = _scores(Path(path), None, own[name], folder / f"original-{name}", identity, limit, device)
+        home = folder / f"original-{name}"
+        originals[name] = _scores(Path(path), None, own[name], home, identities[name], limit, device)
     tried: list[dict[str, float]] = []
     for number, each in enumerate(recipes, start=1):
         progress("calibrating", number, steps)
-        tried.append(_try(each, own, originals, folder, inputs.routed, limit, device))
+        tried.append(_try(each, own, originals, folder, identities, inputs.routed, limit, device))
     chosen = _choose(recipe, grid, choices, tried)
     write_json(
         folder / "calibration.json",
@@ -119,12 +121,13 @@ def _try(
     own: Mapping[str, Sequence[Task]],
     originals: Mapping[str, Mapping[str, float]],
     folder: Path,
+    identities: Any,
     routed: bool,
     limit: int | None,
     device: str,
 ) -> dict[str, float]:
     """Retention of every model under one setting."""
-    home = folder / hash_json([recipe.digest, dict(recipe.models), limit])[:16]
+    home = folder / hash_json([recipe.digest, identities])[:16]
     if (home / "retention.json").is_file():
         kept: dict[str, float] = read_json(home / "retention.json")
         return kept
@@ -134,7 +137,7 @@ def _try(
     found: dict[str, float] = {}
     for name, tasks in own.items():
         mode = f"retain:{name}" if routed else None
-        values = _scores(composed, mode, tasks, home / name, recipe.digest, limit, device)
+        values = _scores(composed, mode, tasks, home / name, identities[name], limit, device)
         found[name] = gains.retention(values, originals[name])
         if found[name] != found[name]:
             raise ConfigError(
@@ -152,7 +155,7 @@ def _choose(
     tried: Sequence[Mapping[str, float]],
 ) -> Recipe:
     """For every value of the shared settings each model's best of its own; then the shared value of the best mean."""
-    single = [key for key in grid if key in PER_MODEL.get(recipe.rule, ())]
+    single = [key for key in grid if recipe.rule == "mmer" and key == "significance"]
     groups: dict[str, list[int]] = {}
     for index, choice in enumerate(choices):
         shared = {key: value for key, value in choice.items() if key not in single}

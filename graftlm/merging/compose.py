@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from graftlm import __version__
 from graftlm.core.cache import hash_unchanged
 from graftlm.core.errors import CheckpointError, MergeError
 from graftlm.core.files import MARKER, hash_file, hash_json, write_json, write_text
@@ -42,6 +43,9 @@ RECIPE = "recipe.json"
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """What stands beside weights: config, tokenizer, processors. No code."""
+
+COPIED = 1 << 26
+"""Bytes of a tensor that is only copied, at once."""
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -74,23 +78,35 @@ class Inputs:
 
     @functools.cached_property
     def files(self) -> list[Path]:
-        """Every file of weights that is read."""
-        files = list(self.base.files)
+        """Every file that decides the result."""
+        files = [*self.base.files, self.base.folder / headers.CONFIG]
         for model in self.models.values():
             match model:
                 case Weights():
-                    files += model.files
+                    files += [*model.files, model.folder / headers.CONFIG]
                 case Adapter():
-                    files += [model.folder / headers.ADAPTER]
+                    files += [model.folder / headers.ADAPTER, model.folder / headers.ADAPTER_CONFIG]
                 case Grown():
-                    files += [model.folder / file for file in model.manifest["files"]]
+                    files += [model.folder / file for file in [*model.manifest["files"], headers.MANIFEST]]
         return list(dict.fromkeys(files))
 
     def dtype(self, name: str) -> str:
         """Storage dtype of a merged tensor: as asked for, else the models' working dtype, else the base's."""
         working = [m.manifest["model"]["dtype"] for m in self.models.values() if isinstance(m, Grown)]
-        asked = self.recipe.dtype or (working[0] if working else None)
+        common = "float32" if len(set(working)) > 1 else next(iter(working), None)
+        asked = self.recipe.dtype or common
         return DTYPES[asked] if asked else self.base.tensors[name].dtype
+
+    @property
+    def whole(self) -> int:
+        """Numbers of a model of which densities are a share: also of tensors that no model changed."""
+        return sum(
+            info.numel for name, info in self.base.tensors.items() if info.dtype in FLOATS and not self.is_head(name)
+        )
+
+    def is_head(self, name: str) -> bool:
+        """Whether a tensor is a stored copy of the embedding that the head is tied to; it is left out of the result."""
+        return self.base.tied and name.endswith(headers.HEAD)
 
 
 def open_inputs(recipe: Recipe, out: Path | None = None, *, least: int = 2) -> Inputs:
@@ -122,11 +138,22 @@ def open_inputs(recipe: Recipe, out: Path | None = None, *, least: int = 2) -> I
     for model in models.values():
         if isinstance(model, Weights):
             shared &= set(headers.align(base, model).names)  # constants and tied heads may be stored by some only
-    names = [name for name, info in base.tensors.items() if info.dtype in FLOATS and name in shared]
-    copied = [name for name in base.tensors if name not in set(names)]
+    head = {name for name in base.tensors if base.tied and name.endswith(headers.HEAD)}
+    names = [n for n, info in base.tensors.items() if info.dtype in FLOATS and n in shared and n not in head]
+    copied = [name for name in base.tensors if name not in {*names, *head}]
     inputs = Inputs(recipe, base, models, "graftlm" if all(grown) else "hf", names, copied)
     if inputs.routed:
         inputs = Inputs(recipe, base, models, inputs.kind, _changed(inputs), copied)
+        for name, model in models.items():
+            if isinstance(model, Grown) and len(model.modalities) > 1:
+                raise MergeError(
+                    f"{name} ({model.folder}): has the modalities {', '.join(model.modalities)}; one per model is expected where "
+                    f"models stay apart by modality. Use a rule that merges, or models of one modality each."
+                )
+        if not inputs.names:
+            raise MergeError(
+                f"{recipe.rule}: no model differs from the base; at least one is expected. Check the folders."
+            )
     if recipe.rule not in COMPOSERS:
         _try(recipe)
     findings = checks.compare(
@@ -145,7 +172,7 @@ def _try(recipe: Recipe) -> None:
     sample = torch.ones(2, 2)
     try:
         RULES.get(recipe.rule)(sample, [sample] * len(recipe.models), **recipe.settings)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise MergeError(f"settings: {error}. See `graftlm compose --help`.") from None
 
 
@@ -241,6 +268,7 @@ def outputs(inputs: Inputs) -> list[Planned]:
         return [
             Planned(name, inputs.dtype(name) if name in merged else info.dtype, info.shape)
             for name, info in base.items()
+            if not inputs.is_head(name)
         ]
     how = combination(inputs.recipe)
     planned, count = [], len(inputs.models)
@@ -294,7 +322,7 @@ def compose(
         return compose_damc(recipe, out, progress)
     inputs = open_inputs(recipe, None if is_renamed(out) else out, least=least)
     states = {path: FileState.of(path) for path in inputs.files}
-    job = hash_json([recipe.digest, [[str(path.resolve()), vars(state)] for path, state in states.items()]])
+    job = hash_json([__version__, recipe.digest, [[str(p.resolve()), vars(state)] for p, state in states.items()]])
     if finish_renamed(out, job):
         return out
     with work_folder(out, job) as work, _hashing(inputs.files) as hashing:
@@ -307,8 +335,19 @@ def compose(
                 f"{changed[0]}: changed while it was merged; inputs must stay as they are. Run the command again when it is "
                 f"complete: it starts from the beginning."
             )
+        _expect_undamaged(inputs, hashes)
         _finish(inputs, work, hashes, share)
     return out
+
+
+def _expect_undamaged(inputs: Inputs, hashes: Mapping[str, str]) -> None:
+    """Compare what was read with what checkpoints say about themselves."""
+    for name, model in inputs.models.items():
+        for file, values in model.manifest["files"].items() if isinstance(model, Grown) else ():
+            if hashes[str(model.folder / file)] != values["sha256"]:
+                raise CheckpointError(
+                    f"{name} ({model.folder / file}): damaged, its hash is not that of the manifest. Use another copy."
+                )
 
 
 @contextlib.contextmanager
@@ -334,6 +373,7 @@ def _merge(
     base, models = sources(inputs)
     shards = Shards(*_layout(inputs, work.path))
     try:
+        work.resume(shards)
         shards.open()
         _copy(inputs, shards)
         dtypes = {name: inputs.dtype(name) for name in inputs.names}
@@ -352,7 +392,7 @@ def _merge(
                 shards,
                 seeds=lambda model, tensor: key(how.seed, model, tensor),
                 threads=threads,
-                ram=ram,
+                whole=inputs.whole,
             )
             share = merge.run(work, progress)
         if not inputs.routed:
@@ -380,7 +420,8 @@ def _copy(inputs: Inputs, shards: Shards) -> None:
         info = inputs.base.tensors[name]
         with info.file.open("rb") as file:
             file.seek(info.start)
-            shards.write(name, 0, memoryview(file.read(info.bytes)))
+            for start in range(0, info.bytes, COPIED):
+                shards.write(name, start, memoryview(file.read(min(COPIED, info.bytes - start))))
 
 
 def _finish(inputs: Inputs, work: WorkFolder, hashes: Mapping[str, str], share: Mapping[str, Sequence[float]]) -> None:
@@ -451,7 +492,7 @@ def _checkpoint(inputs: Inputs, folder: Path, record: Mapping[str, Any], hashes:
     if not grown:
         routes = [{"name": name, "modality": name} for name in inputs.models]
     spec = next(iter(grown.values())).manifest["model"] if grown else _plain_spec(inputs)
-    source = spec["llm"]
+    source = str(inputs.base.folder.resolve()) if spec["llm"] == "llm" else spec["llm"]
     if not inputs.routed:
         _side_files(inputs.base.folder, folder / "llm", inputs.recipe.dtype or spec["dtype"])
         source = "llm"

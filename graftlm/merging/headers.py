@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, cast
 from graftlm.core.errors import CheckpointError
 
 __all__ = [
+    "BITS",
     "Adapter",
     "Alignment",
     "LowRank",

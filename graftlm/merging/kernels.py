@@ -200,9 +200,14 @@ def _hashed(key, index):
 
 @_compiled
 def _thin(base, model, how, limit, key, offset, share, tau):
-    """One block of a thinned task vector; ``limit`` is the least magnitude (trim) or hash (drop) that stays."""
+    """One block of a thinned task vector; how many of its numbers were not finite.
+
+    ``limit`` is the least magnitude (trim) or hash (drop) that stays.
+    """
+    bad = np.int32(0)
     for j in range(tau.size):
         tau[j] = _load(model[j]) - base[j]
+        bad += np.int32((_bits(tau[j]) & np.uint32(0x7FFFFFFF)) >= np.uint32(NOT_FINITE))
     if how == 1:
         for j in range(tau.size):
             kept = (_bits(tau[j]) & np.uint32(0x7FFFFFFF)) >= limit
@@ -211,6 +216,7 @@ def _thin(base, model, how, limit, key, offset, share, tau):
         for j in range(tau.size):
             kept = _hashed(key, np.uint64(offset + j)) >= np.uint64(limit)
             tau[j] = tau[j] / share if kept else np.float32(0)
+    return bad
 
 
 @_compiled
@@ -293,7 +299,7 @@ def merge(
         moments: float64 (N, 2), grows: Σ m_i τ* τ_i and Σ m_i τ*², of untrimmed τ_i; or (0, 0) for none.
 
     Returns:
-        How many merged numbers are not finite.
+        How many numbers are not finite, of the task vectors and of the merged one.
     """
     count_models = models.shape[0]
     numbers_ = np.empty(BLOCK, np.float32)
@@ -310,12 +316,12 @@ def merge(
             numbers[j] = _load(b[j])
         for i in range(count_models):
             model = models[i, start : start + BLOCK]
-            _thin(numbers, model, thin, limits[i], keys[i], offset + start, share, taus_[i, :size])
+            bad += _thin(numbers, model, thin, limits[i], keys[i], offset + start, share, taus_[i, :size])
         _combine(taus_, combine, size, zero, total, count, merged)
         here = np.int32(0)
         for j in range(size):
             merged[j] = scale * merged[j]
-            here += np.int32((_bits(merged[j]) & np.uint32(0x7FFFFFFF)) >= np.uint32(NOT_FINITE))
+            here += np.int32((_bits(numbers[j] + merged[j]) & np.uint32(0x7FFFFFFF)) >= np.uint32(NOT_FINITE))
         bad += here
         if masks.shape[0] == 0:
             for j in range(size):

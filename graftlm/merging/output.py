@@ -6,6 +6,7 @@ and is on the disk before it does; the same job continues from there, another jo
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,9 @@ from typing import Any
 
 from graftlm.core.errors import MergeError, RunError
 from graftlm.core.files import MARKER, append_jsonl, is_complete, locked, milestone, read_jsonl, sync, write_json
+from graftlm.merging.headers import BITS
 
 __all__ = ["Planned", "Shards", "WorkFolder", "finish_renamed", "is_renamed", "work_folder"]
-
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1}
-"""Bytes per number of what is written."""
 
 SHARD_BYTES = 5 * 10**9
 """The most bytes of one file, unless one tensor is larger."""
@@ -36,10 +35,7 @@ class Planned:
     @property
     def bytes(self) -> int:
         """Size of its numbers."""
-        size = ITEM_BYTES[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
+        return BITS[self.dtype] * math.prod(self.shape) // 8
 
 
 class Shards:
@@ -101,6 +97,13 @@ class Shards:
                 ) from None
             os.pwrite(descriptor, header, 0)
 
+    def intact(self) -> bool:
+        """Whether every file is there with its size."""
+        return all(
+            file.is_file() and file.stat().st_size == size
+            for file, (_, size) in zip(self.files, self._layouts, strict=True)
+        )
+
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Write bytes of a tensor from ``start`` within it."""
         index, offset = self._places[name]
@@ -139,9 +142,27 @@ def _header(tensors: Sequence[Planned]) -> tuple[bytes, int]:
 class WorkFolder:
     """A folder under construction, and a journal of what is finished."""
 
-    def __init__(self, path: Path, journal: Path) -> None:
+    def __init__(self, path: Path, journal: Path, job: str) -> None:
         self.path = path
         self._journal = journal
+        self._job = job
+
+    def restart(self) -> None:
+        """Begin with nothing. The journal goes first: never does it speak of files that are gone."""
+        self._journal.unlink(missing_ok=True)
+        if self._journal.parent.is_dir():
+            sync(self._journal.parent)
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True)
+        self.note(job=self._job)
+
+    def resume(self, shards: "Shards") -> None:
+        """Go on with these shards if all of them are whole, else begin again; what else is there is of a crash, and goes."""
+        if any("tensors" in entry for entry in self.entries()) and not shards.intact():
+            self.restart()
+        known = set(shards.files)
+        for file in [path for path in self.path.rglob("*") if path.is_file() and path not in known]:
+            file.unlink()
 
     def entries(self) -> list[Mapping[str, Any]]:
         """The journal."""
@@ -166,11 +187,12 @@ def is_renamed(out: Path) -> bool:
 
 def finish_renamed(out: Path, job: str) -> bool:
     """Clean up after such a crash; whether ``out`` is what this job makes."""
-    journal = _beside(out, "journal")
-    if not is_renamed(out) or read_jsonl(journal)[0].get("job") != job:
-        return False
-    journal.unlink()
-    _beside(out, "lock").unlink(missing_ok=True)
+    journal, lock = _beside(out, "journal"), _beside(out, "lock")
+    with locked(lock, busy=f"{out}: another process builds this folder. Wait for it, or stop it."):
+        if not is_renamed(out) or read_jsonl(journal)[0].get("job") != job:
+            return False
+        journal.unlink()
+    lock.unlink(missing_ok=True)
     return True
 
 
@@ -196,13 +218,10 @@ def work_folder(out: Path, job: str) -> Iterator[WorkFolder]:
             raise MergeError(
                 f"{out}: holds something; a new folder is expected. Name another --out, or delete this one."
             )
-        work = WorkFolder(path, journal)
+        work = WorkFolder(path, journal, job)
         entries = work.entries()
         if not path.is_dir() or not entries or entries[0].get("job") != job:
-            shutil.rmtree(path, ignore_errors=True)
-            journal.unlink(missing_ok=True)
-            path.mkdir(parents=True)
-            work.note(job=job)
+            work.restart()
         yield work
         (path / MARKER).touch()
         for file in sorted(path.rglob("*")):
@@ -214,5 +233,5 @@ def work_folder(out: Path, job: str) -> Iterator[WorkFolder]:
         os.rename(path, out)
         milestone("merge.renamed")
         sync(out.parent)
-        journal.unlink()
+        journal.unlink(missing_ok=True)
     lock.unlink(missing_ok=True)

@@ -29,6 +29,9 @@ LowRank = tuple[NDArray[np.float32], NDArray[np.float32], float]
 KEPT_FACTORS = 8
 """Factors of low-rank updates that a source keeps in memory."""
 
+PRODUCT_ROWS = 128
+"""Rows of a low-rank update that are computed at once."""
+
 FLOATS = ("BF16", "F16", "F32")
 """Storage dtypes that can be merged."""
 
@@ -254,9 +257,16 @@ class UpdatedSource(Source):
         right = self._whole(whole)
         if update.transposed:
             return np.float32(update.scale) * (self._whole(part)[:, rows].T @ right.T)
-        left = np.empty((rows.stop - rows.start, part.shape[1]), np.float32)
-        self._stored(part, rows, left.reshape(-1))
-        return np.float32(update.scale) * (left @ right)
+        out = np.empty((rows.stop - rows.start, right.shape[1]), np.float32)
+        # in fixed blocks: how a product is summed depends on its shape, and no result may depend on how rows are read
+        for start in range(rows.start // PRODUCT_ROWS * PRODUCT_ROWS, rows.stop, PRODUCT_ROWS):
+            block = slice(start, min(start + PRODUCT_ROWS, part.shape[0]))
+            left = np.empty((block.stop - block.start, part.shape[1]), np.float32)
+            self._stored(part, block, left.reshape(-1))
+            first, last = max(block.start, rows.start), min(block.stop, rows.stop)
+            product = np.float32(update.scale) * (left @ right)
+            out[first - rows.start : last - rows.start] = product[first - start : last - start]
+        return out
 
     def _whole(self, info: TensorInfo) -> NDArray[np.float32]:
         with self._lock:

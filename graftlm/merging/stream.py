@@ -158,7 +158,7 @@ class Merge:
         seeds: hash key of a model's and tensor's random numbers, for dropping.
         threads: workers.
         chunk: numbers per chunk, about; `CHUNK` by default.
-        ram: bytes that buffers may take; chunks become smaller where that is little.
+        whole: numbers of which densities are a share: those of a model, also of tensors that no model changed.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Merge:
         seeds: Callable[[str, str], int] = lambda model, tensor: 0,
         threads: int | None = None,
         chunk: int | None = None,
-        ram: int = 2 * 10**9,
+        whole: int | None = None,
     ) -> None:
         self._base = base
         self._models = dict(models)
@@ -183,12 +183,12 @@ class Merge:
         self._shards = shards
         self._seeds = seeds
         self._threads = threads or default_threads()
-        per_number = 4 * (len(models) + 2) + len(models)
-        self._chunk = chunk or min(CHUNK, max(1 << 14, ram // (2 * self._threads * per_number)))
+        self._chunk = chunk or CHUNK
         self._shapes = [base.shape(name) or (1,) for name in self._names]
         self._sizes = [int(np.prod(shape)) for shape in self._shapes]
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)
         self._limits = [[Limit(0)] * len(models)]
+        self._whole = whole or int(self._offsets[-1])
         self._zero = 0
         self._moments: dict[int, NDArray[np.float64]] = {}
         self._free: deque[Buffers] = deque()
@@ -350,9 +350,15 @@ class Merge:
 
     def _find_limits(self, tensors: Sequence[int], progress: Progress) -> list[Limit]:
         """The exact threshold of every model over these tensors, and where its quota of equal magnitudes ends."""
-        ranks = [_rank(self._how, sum(self._sizes[tensor] for tensor in tensors))] * len(self._models)
+        size = sum(self._sizes[tensor] for tensor in tensors)
+        rank = _rank(self._how, size if self._how.per_tensor else self._whole)
+        if rank == 0:
+            return [Limit(kernels.NOT_FINITE)] * len(self._models)
+        if rank >= size:
+            return [Limit(0)] * len(self._models)
+        ranks = [rank] * len(self._models)
         chunks = list(self._chunks(tensors))
-        guesses = self._guess(chunks)
+        guesses = self._guess(chunks, rank / size)
         counts, fine = self._count(chunks, guesses, progress, "counting")
         found: list[tuple[int, int] | None] = []
         for i, rank in enumerate(ranks):
@@ -370,13 +376,13 @@ class Merge:
             limits.append(Limit(bits, self._cut(chunks, i, bits, quota, progress) if partial else None))
         return limits
 
-    def _guess(self, chunks: Sequence[Chunk]) -> list[int]:
-        """The bin of each threshold, from a sample."""
+    def _guess(self, chunks: Sequence[Chunk], share: float) -> list[int]:
+        """The bin of each threshold above which lies a share of all magnitudes, from a sample."""
         step = max(1, len(chunks) // SAMPLES)
         sample = chunks[::step][: SAMPLES * 2]
         counts, _ = self._count(sample, [0] * len(self._models), lambda *_: None, "")
         size = sum(chunk.size for chunk in sample)
-        return [max(_bin(count, _rank(self._how, size))[0] - 1, 0) for count in counts]
+        return [max(_bin(count, max(1, int(share * size)))[0] - 1, 0) for count in counts]
 
     def _count(
         self, chunks: Sequence[Chunk], first: Sequence[int], progress: Progress, what: str
@@ -445,7 +451,8 @@ class Merge:
         for tensor in tensors:
             shape = self._shapes[tensor]
             width = self._sizes[tensor] // max(shape[0], 1)
-            step = max(8, self._chunk // max(width, 1) // 8 * 8)
+            whole_bytes = 1 if width % 8 == 0 else 8  # rows
+            step = max(whole_bytes, self._chunk // max(width, 1) // whole_bytes * whole_bytes)
             if self._how.keep == "signs" and len(shape) < 2:
                 step = max(shape[0], 1)  # one scale for all of it
             for row in range(0, shape[0], step):

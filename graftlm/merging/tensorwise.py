@@ -19,7 +19,7 @@ __all__ = ["RAM", "TensorMerge", "stacked"]
 RAM = 2_000_000_000
 """Bytes that a merge may take."""
 
-WHOLE = frozenset({"consensus", "sac"})
+WHOLE = frozenset({"sac"})
 """Rules that need all of a tensor; others take rows."""
 
 COPIES = 6
@@ -75,8 +75,9 @@ class TensorMerge:
         shape = self._base.shape(name)
         rows = shape[0] if shape else 1
         piece = self._size(name) * (len(self._models) + 1 + COPIES)
-        if piece <= self._ram or (self._rule.name not in WHOLE and rows > 1):
-            step = rows if self._rule.name in WHOLE else max(1, rows * self._ram // piece)
+        whole = self._rule.name in WHOLE or self._settings.get("merge") == "ties"  # consensus may trim
+        if piece <= self._ram or (not whole and rows > 1):
+            step = rows if whole else max(1, rows * self._ram // piece)
             for start in range(0, rows, step):
                 part = slice(start, min(start + step, rows))
                 before, after = self._read(name, part)
@@ -87,7 +88,8 @@ class TensorMerge:
             raise MergeError(
                 f"{self._rule.name}: '{name}' of shape {shape} needs {piece:,} bytes of memory, and {self._ram:,} are allowed."
             )
-        self._tall(name, rows)
+        width = int(np.prod(shape[1:]))
+        (self._tall if rows >= width else self._wide)(name, rows)
 
     def _low_rank(self, name: str) -> bool:
         """Merge what a model with an adapter or a ledger adds to a tensor without ever forming it, if it is of low rank.
@@ -124,6 +126,26 @@ class TensorMerge:
         for before, after, part in self._pieces(name, rows, step):
             update = (after - before).reshape(len(before), -1).double() @ factor
             self._write(name, part, before + update.float().reshape(before.shape))
+
+    def _wide(self, name: str, rows: int) -> None:
+        """The same of a wide matrix, from the left: its update is held once, in float32."""
+        shape = self._base.shape(name)
+        width = int(np.prod(shape[1:]))
+        step = max(1, rows * self._ram // (self._size(name) * (2 + COPIES)))
+        update = torch.empty(rows, width)
+        for before, after, part in self._pieces(name, rows, step):
+            update[part] = (after - before).reshape(len(before), -1)
+        gram = torch.zeros(rows, rows, dtype=torch.float64)
+        columns = max(1, width * step // rows)
+        for start in range(0, width, columns):
+            piece = update[:, start : start + columns].double()
+            gram.addmm_(piece, piece.T)
+        factor = spectral.right_factor(gram, width, **self._settings)  # symmetric: it serves from either side
+        for start in range(0, width, columns):
+            piece = update[:, start : start + columns]
+            piece.copy_(factor @ piece.double())
+        for before, _, part in self._pieces(name, rows, step):
+            self._write(name, part, before + update[part].reshape(before.shape))
 
     def _pieces(self, name: str, rows: int, step: int) -> Any:
         for start in range(0, rows, step):

@@ -294,3 +294,49 @@ def test_the_command_says_what_is_wrong(folders: Folders, tmp_path: Path) -> Non
     (tmp_path / "twice.yaml").write_text("rule: ties\nmodels: {image: a, image: b}\n")
     done = command(str(tmp_path / "twice.yaml"), "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and "'image' is given twice" in done.stderr
+
+
+def test_an_adapter_whose_scale_changes_starts_again(tmp_path: Path) -> None:
+    """The config of an adapter decides what it adds, so it is one of the inputs."""
+    folders = {name: grown(tmp_path / name, name, LoraSpec(4, 4.0)) for name in MODALITIES}
+    inputs = open_inputs(Recipe("average", {name: str(folder) for name, folder in folders.items()}))
+    assert {path.name for path in inputs.files} >= {"manifest.json", "config.json", "000.safetensors"}
+
+
+def test_a_damaged_checkpoint_is_not_composed(tmp_path: Path) -> None:
+    folders = {name: grown(tmp_path / name, name, LoraSpec(4, 4.0)) for name in MODALITIES}
+    path = folders["audio"] / "connectors.audio.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"connectors\.audio\.safetensors.*damaged"):
+        compose(Recipe("average", {name: str(folder) for name, folder in folders.items()}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_stay_apart_have_one_modality_each(tmp_path: Path) -> None:
+    image, audio = (grown(tmp_path / name, name, LoraSpec(4, 4.0)) for name in MODALITIES)
+    model = checkpoint.load(image)
+    model.add_modality(MODALITIES["audio"], seed=1)
+    checkpoint.save(model, tmp_path / "two", history=[])
+    with pytest.raises(MergeError, match="has the modalities image, audio; one per model"):
+        open_inputs(Recipe("mmer", {"two": str(tmp_path / "two"), "image": str(image)}))
+
+
+def test_models_with_their_llm_inside_are_composed_again(tmp_path: Path) -> None:
+    """Restore, or merge, then compose: what comes out refers to the base, and can be read."""
+    folders = {name: grown(tmp_path / name, name, LoraSpec(4, 4.0)) for name in MODALITIES}
+    base = str(base_folder("miniworld"))
+    inside = {
+        name: str(compose(Recipe("keep_new", {name: str(folder)}), tmp_path / f"{name}-inside"))
+        for name, folder in folders.items()
+    }
+    model = checkpoint.load(compose(Recipe("mmer", inside, base), tmp_path / "both"))
+    assert list(model.specs) == list(MODALITIES)
+
+
+def test_a_density_is_a_share_of_the_whole_model(tmp_path: Path) -> None:
+    """Tensors that no model changed count: trimming does not depend on how the models are stored."""
+    folders = {name: grown(tmp_path / name, name, LoraSpec(4, 4.0)) for name in MODALITIES}
+    inputs = open_inputs(Recipe("mmer", {name: str(folder) for name, folder in folders.items()}))
+    assert inputs.numel < inputs.whole == sum(info.numel for info in inputs.base.tensors.values())

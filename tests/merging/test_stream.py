@@ -289,3 +289,64 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 def test_packed_bits_are_little_endian() -> None:
     mask = np.array([1, 0, 0, 0, 0, 0, 0, 0, 1], bool)
     assert mmer.pack(torch.from_numpy(mask)).tolist() == [1, 1]
+
+
+def test_files_that_went_missing_are_not_taken_for_finished(folders: Folders, tmp_path: Path) -> None:
+    base, models = folders(torch.bfloat16)
+    command = [sys.executable, "-c", SCRIPT, "average", str(base), str(tmp_path / "out"), *map(str, models)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRAFTLM_CACHE": str(tmp_path / "cache")}
+    killed = subprocess.run(command, env={**environment, "GRAFTLM_KILL_AT": "merge.noted:3"}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    shard = tmp_path / ".out.partial" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:500])
+    subprocess.run(command, env=environment, check=True)
+    wanted = rules.average(flat(read(base)), [flat(read(model)) for model in models])
+    assert torch.equal(flat(read(tmp_path / "out")), wanted)
+
+
+@pytest.mark.parametrize("where", ["base", "m2"])
+@pytest.mark.parametrize("settings", [{"drop": 0.9}, {"drop": 0.9, "then": "ties", "merge": "max"}])
+def test_dropping_hides_no_weight_that_is_not_finite(
+    settings: dict[str, Any], where: str, folders: Folders, tmp_path: Path
+) -> None:
+    base, models = folders()
+    broken = base if where == "base" else models[1]
+    weights = read(broken)
+    weights["model.layers.0.mlp.up_proj.weight"][3, 4] = float("inf")
+    broken.rename(tmp_path / "gone")
+    write(broken, weights)
+    with pytest.raises(MergeError, match=r"up_proj\.weight.*finite"):
+        merged("dare", base, models, tmp_path / "out", settings=settings)
+
+
+def test_a_density_that_keeps_nothing_of_a_tensor(folders: Folders, tmp_path: Path) -> None:
+    base, models = folders()
+    tiny = {"density": 0.004, "trim": "tensor"}
+    got = merged("ties", base, models, tmp_path / "out", settings=tiny)
+    before, after = read(base), [read(model) for model in models]
+    for name in SHAPES:
+        assert torch.equal(got[name], rules.ties(before[name], [a[name] for a in after], density=0.004)), name
+
+
+def test_a_head_that_is_tied_is_not_merged_apart(folders: Folders, tmp_path: Path) -> None:
+    base, models = folders()
+    for folder in (base, *models):
+        weights = read(folder)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        folder.rename(tmp_path / f"{folder.name}-old")
+        write(folder, weights)
+        (folder / "config.json").write_text('{"model_type": "test", "tie_word_embeddings": true}')
+    got = merged("dare", base, models, tmp_path / "out", settings={"drop": 0.5})
+    assert "lm_head.weight" not in got and "model.embed_tokens.weight" in got
+
+
+def test_a_wide_matrix_is_consolidated_from_the_left(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {"a.weight": torch.randn(48, 160, generator=generator)}
+    tuned = {"a.weight": base["a.weight"] + 0.1 * torch.randn(48, 160, generator=generator)}
+    recipe = Recipe(
+        "sac", {"m": str(write(tmp_path / "m", tuned))}, str(write(tmp_path / "base", base)), {"alpha": 0.3}
+    )
+    whole = read(compose(recipe, tmp_path / "whole"))["a.weight"]
+    wide = read(compose(recipe, tmp_path / "wide", ram=100_000))["a.weight"]
+    torch.testing.assert_close(wide, whole, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,7 @@
 
 Paper:   Wang et al., Localizing Task Information for Improved Model Merging and Compression, ICML 2024,
     arXiv:2405.07813, §4 (TALL masks, Eq. 3-5; consensus merging).
-Differs: nothing. An exact tie is kept; the released code drops it. λ is searched per task in {0.2, …, 0.6} by the
+Differs: an exact tie is kept; the released code drops it. λ is searched per task in {0.2, …, 0.6} by the
     authors; here it is a setting.
 """
 

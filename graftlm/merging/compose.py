@@ -28,13 +28,12 @@ from graftlm.core.files import MARKER, hash_file, hash_json, write_json, write_t
 from graftlm.merging import checks, headers
 from graftlm.merging.card import card
 from graftlm.merging.checks import Grown, Model
+from graftlm.merging.coins import key
 from graftlm.merging.headers import Adapter, TensorInfo, Weights
 from graftlm.merging.output import Planned, Shards, WorkFolder, finish_renamed, is_renamed, work_folder
 from graftlm.merging.recipe import COMPOSERS, DTYPES, EXPERTS, ONE, Recipe, combination
 from graftlm.merging.sources import Factors, FileSource, FileState, Source, Update, UpdatedSource
-from graftlm.merging.stream import Merge, Progress
-from graftlm.merging.tensorwise import RAM, TensorMerge
-from graftlm.merging.vectors import key
+from graftlm.merging.stream import RAM, Merge, Progress
 
 __all__ = ["Inputs", "compose", "ledger_updates", "open_inputs", "outputs"]
 
@@ -178,6 +177,8 @@ def _try(recipe: Recipe) -> None:
 
 def _base(recipe: Recipe, models: Mapping[str, Model]) -> Path:
     """The folder of what the models were trained from."""
+    if recipe.base is not None and (Path(recipe.base) / headers.CONFIG).is_file():
+        return Path(recipe.base)
     if recipe.base is not None:
         from graftlm.model.base import base_folder
 
@@ -378,6 +379,8 @@ def _merge(
         _copy(inputs, shards)
         dtypes = {name: inputs.dtype(name) for name in inputs.names}
         if recipe.rule not in COMPOSERS:
+            from graftlm.merging.tensorwise import TensorMerge  # imports torch
+
             rule, settings = recipe.rule, recipe.settings
             TensorMerge(base, models, inputs.names, rule, settings, dtypes, shards, ram=ram).run(work, progress)
             share: Mapping[str, Sequence[float]] = {}

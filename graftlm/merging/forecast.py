@@ -11,8 +11,7 @@ from graftlm.merging.compose import Inputs, needed_bytes
 from graftlm.merging.headers import TensorInfo
 from graftlm.merging.recipe import COMPOSERS, combination
 from graftlm.merging.sources import Raw
-from graftlm.merging.stream import CHUNK, default_threads
-from graftlm.merging.tensorwise import COPIES, RAM
+from graftlm.merging.stream import CHUNK, COPIES, RAM, default_threads
 
 __all__ = ["Forecast", "forecast"]
 

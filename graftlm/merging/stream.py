@@ -24,10 +24,16 @@ from graftlm.merging import kernels
 from graftlm.merging.output import Shards, WorkFolder
 from graftlm.merging.sources import Raw, Source
 
-__all__ = ["CHUNK", "Combination", "Limit", "Merge", "Progress", "default_threads"]
+__all__ = ["CHUNK", "COPIES", "RAM", "Combination", "Limit", "Merge", "Progress", "default_threads"]
 
 CHUNK = 1 << 18
 """Numbers read, computed and written at once: with those of the models, about a second-level cache."""
+
+RAM = 2_000_000_000
+"""Bytes that a rule of whole tensors may take."""
+
+COPIES = 6
+"""Float32 copies of a piece that such a rule holds at once, beside those of the models."""
 
 NOTED_BYTES = 1 << 30
 """Written bytes after which progress is noted; what a crash may cost."""

@@ -11,19 +11,13 @@ from graftlm.core.errors import MergeError
 from graftlm.merging import RULES, spectral
 from graftlm.merging.output import Shards, WorkFolder
 from graftlm.merging.sources import LowRank, Source, UpdatedSource
-from graftlm.merging.stream import Progress
+from graftlm.merging.stream import COPIES, RAM, Progress
 from graftlm.model.rule import Rule
 
 __all__ = ["RAM", "TensorMerge", "stacked"]
 
-RAM = 2_000_000_000
-"""Bytes that a merge may take."""
-
 WHOLE = frozenset({"sac"})
 """Rules that need all of a tensor; others take rows."""
-
-COPIES = 6
-"""Float32 copies of a piece that a rule holds at once, beside those of the models."""
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

@@ -14,7 +14,6 @@ Differs: exactly floor(K n + 1/2) entries survive a trim, of equal magnitudes th
     nothing (`compat_reference` is the released code of TIES in both). DARE's coins are a hash of what they decide on.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from graftlm.core.errors import MergeError, did_you_mean
+from graftlm.merging.coins import key
 
 __all__ = [
     "DISJOINT",
@@ -137,11 +137,6 @@ def trim(tau: Tensor, density: float, compat_reference: bool = False) -> Tensor:
         return tau.clone()
     magnitudes = tau.abs()
     return torch.where(magnitudes >= magnitudes.flatten().kthvalue(smallest).values, tau, 0.0)
-
-
-def key(seed: int, model: str, tensor: str) -> int:
-    """The 64-bit name of one stream of coins: the first 8 bytes of sha256("seed:model:tensor"), little-endian."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{model}:{tensor}".encode()).digest()[:8], "little")
 
 
 def kept(n: int, drop: float, key: int, offset: int = 0) -> Tensor:

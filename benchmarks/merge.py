@@ -2,7 +2,7 @@
 
     python benchmarks/merge.py make DATA [half|dense] [LAYERS]   # a base and four tunes in bfloat16, 2.1 GB each
     python benchmarks/merge.py run  DATA [--peer BIN] [--repeat N] [--only RULE,RULE]
-    python benchmarks/merge.py sizes DATA                        # memory and time from 0.1 B to 3 B parameters
+    python benchmarks/merge.py sizes DATA                        # memory and time from 0.1 B to 3 B parameters, 34 GB
     python benchmarks/merge.py parity DATA --peer BIN            # bit-equality with mergekit's TIES where it is defined
     python benchmarks/merge.py table                             # benchmarks/results/merge.md
 
@@ -29,6 +29,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from graftlm.core.files import append_jsonl, read_jsonl
+from graftlm.merging.headers import read_header
+from graftlm.merging.output import Planned, Shards
 
 HIDDEN, LAYERS, MLP, KV, VOCABULARY = 2048, 22, 5632, 256, 32000
 MODELS = 5
@@ -253,18 +255,47 @@ def run(data: Path, peer: Path | None, repeat: int, only: Sequence[str]) -> None
                 append_jsonl(log, {"kind": kind, **vars(result)})
 
 
+def stretch(source: Path, target: Path, layers: int) -> None:
+    """Checkpoints with so many layers, each a copy of one of ``source``'s."""
+    listed = shapes(layers)
+    for name in ("base", *(f"t{i}" for i in range(1, MODELS))):
+        (target / name).mkdir(parents=True)
+        (target / name / "config.json").write_text(json.dumps(config(layers)))
+        places = read_header(source / name / "model.safetensors")
+        shards = Shards(
+            target / name,
+            [Planned(n, "BF16", s) for n, s in listed.items()],
+            lambda *_: "model.safetensors",
+            limit=10**12,
+        )
+        shards.open()
+        with (source / name / "model.safetensors").open("rb") as file:
+            for tensor in listed:
+                parts = tensor.split(".")
+                if parts[1] == "layers":
+                    parts[2] = str(int(parts[2]) % LAYERS)
+                info = places[".".join(parts)]
+                file.seek(info.start)
+                shards.write(tensor, 0, memoryview(file.read(info.bytes)))
+        shards.sync()
+        shards.close()
+
+
 def sizes(data: Path) -> None:
     """TIES from 0.1 B to 3 B parameters."""
-    log = RESULTS / "merge.jsonl"
     for layers in (1, 9, 22, 62):
         folder = data / f"layers{layers}"
-        make(folder, "half", layers)
+        shutil.rmtree(folder, ignore_errors=True)
+        stretch(data / "half", folder, layers)
         parameters = sum(int(np.prod(shape)) for shape in shapes(layers).values())
-        result = measure(f"{parameters / 1e9:.2f} B", our_command("TIES 0.8", folder, data / "scratch", 1))
+        our_run = our_command("TIES 0.8", folder, data / "scratch", 1)
+        subprocess.run(our_run, check=True, capture_output=True)  # remembers the hashes of its inputs
+        shutil.rmtree(data / "scratch")
+        result = measure(f"{parameters / 1e9:.2f} B", our_run)
         shutil.rmtree(data / "scratch")
         shutil.rmtree(folder)
         print(result.line(), flush=True)
-        append_jsonl(log, {"kind": "sizes", "parameters": parameters, **vars(result)})
+        append_jsonl(RESULTS / "merge.jsonl", {"kind": "sizes", "parameters": parameters, **vars(result)})
 
 
 def parity(data: Path, peer: Path) -> None:

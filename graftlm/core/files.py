@@ -25,6 +25,7 @@ __all__ = [
     "hash_file",
     "hash_json",
     "is_complete",
+    "link_or_copy",
     "locked",
     "milestone",
     "read_json",
@@ -118,6 +119,16 @@ def read_jsonl(path: Path) -> list[Any]:
         return []
     lines = path.read_bytes().split(b"\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where links are not possible; an existing target is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def hash_file(path: Path) -> str:

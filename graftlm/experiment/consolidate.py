@@ -29,7 +29,7 @@ from torch import Tensor
 
 from graftlm.core.cache import hash_unchanged
 from graftlm.core.errors import CheckpointError, ConfigError, MergeError, did_you_mean
-from graftlm.core.files import atomic_folder, hash_json, read_json, write_json, write_text
+from graftlm.core.files import atomic_folder, hash_json, link_or_copy, read_json, write_json, write_text
 from graftlm.merging import RULES, checks, headers, spectral
 from graftlm.merging.card import card
 from graftlm.merging.checks import Grown, Model
@@ -550,9 +550,9 @@ def _write_ledger(change: Change, recipe: Recipe, folder: Path, progress: Progre
     manifest = model.manifest
     for file in manifest["files"]:
         if file not in manifest["ledger"] and file not in change.parts:
-            _carry(model.folder / file, folder / file)
+            link_or_copy(model.folder / file, folder / file)
     for number, path in enumerate(change.earlier):
-        _carry(path, folder / _ledger_file(number))
+        link_or_copy(path, folder / _ledger_file(number))
     entry: dict[str, Tensor] = {}
     reports: dict[str, Report | None] = {}
     dense: list[str] = []
@@ -595,15 +595,6 @@ def mixed_part(
 
 def _ledger_file(number: int) -> str:
     return f"ledger/{number:03}.safetensors"
-
-
-def _carry(source: Path, target: Path) -> None:
-    """Link a file, or copy it to another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 # --- a whole model ----------------------------------------------------------------------------------------------------

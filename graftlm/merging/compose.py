@@ -11,7 +11,6 @@ Differs: effective weights are merged, whatever they are stored as; NaiveMC's re
 
 import contextlib
 import functools
-import os
 import shutil
 import struct
 import threading
@@ -24,7 +23,7 @@ from typing import Any, Literal
 from graftlm import __version__
 from graftlm.core.cache import hash_unchanged
 from graftlm.core.errors import CheckpointError, MergeError
-from graftlm.core.files import MARKER, hash_file, hash_json, write_json, write_text
+from graftlm.core.files import MARKER, hash_file, hash_json, link_or_copy, write_json, write_text
 from graftlm.merging import checks, headers
 from graftlm.merging.card import card
 from graftlm.merging.checks import Grown, Model
@@ -491,7 +490,7 @@ def _checkpoint(inputs: Inputs, folder: Path, record: Mapping[str, Any], hashes:
             for part in ("connectors", "encoders"):
                 file = f"{part}.{spec['name']}.safetensors"
                 if file in model.manifest["files"]:
-                    _link(model.folder / file, folder / file)
+                    link_or_copy(model.folder / file, folder / file)
     if not grown:
         routes = [{"name": name, "modality": name} for name in inputs.models]
     spec = next(iter(grown.values())).manifest["model"] if grown else _plain_spec(inputs)
@@ -538,15 +537,6 @@ def _plain_spec(inputs: Inputs) -> dict[str, Any]:
         "lora": None,
         "dtype": "bfloat16" if names[dtype] == "bfloat16" else "float32",
     }
-
-
-def _link(source: Path, target: Path) -> None:
-    """A copy; a hard link where the file system allows it."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def read_recipe(folder: Path) -> Recipe:

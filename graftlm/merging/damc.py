@@ -10,8 +10,6 @@ Paper:   Chen et al., Model Composition for Multimodal Large Language Models (DA
 Differs: nothing. As in the released code's online merge; its offline merge averages A and B apart, which is another model.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from graftlm.core.errors import MergeError
-from graftlm.core.files import atomic_folder, hash_file, write_json, write_text
+from graftlm.core.files import atomic_folder, hash_file, link_or_copy, write_json, write_text
 from graftlm.data.types import TEXT
 from graftlm.merging import checks
 from graftlm.merging.card import card
@@ -99,10 +97,10 @@ def compose_damc(recipe: Recipe, out: Path, progress: Progress = lambda what, do
                 progress("composing", done, total)
             own = [ModalitySpec.from_dict(spec) for spec in expert.manifest["modalities"]]
             for file in part_files(own).values():
-                _link(expert.folder / file, temporary / file)
+                link_or_copy(expert.folder / file, temporary / file)
         if is_inside(first):
             for path in sorted(path for path in base.iterdir() if path.is_file()):
-                _link(path, temporary / INSIDE / path.name)
+                link_or_copy(path, temporary / INSIDE / path.name)
         routes = tuple(RouteSpec(expert.name, expert.route.modality) for expert in experts)
         text = dict(zip(recipe.models, shares(recipe), strict=True))
         inputs = {"base": {"path": str(base), "sha256": first["llm"]["sha256"]}} | {
@@ -196,12 +194,3 @@ def _rename(expert: Expert, source: Path, target: Path) -> None:
         renamed[key if prompt else f"{parameter}.{branches.get(branch, branch)}.{side}"] = tensor
     target.parent.mkdir(exist_ok=True)
     save_file(renamed, target)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A copy; a hard link where the file system allows it."""
-    target.parent.mkdir(exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

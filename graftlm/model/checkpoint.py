@@ -14,7 +14,6 @@ rank 128 on an LLM of 8 billion weights takes 1.3 GB instead of 16.
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from graftlm.core.errors import CheckpointError, GraftError
-from graftlm.core.files import atomic_folder, hash_file, write_json
+from graftlm.core.files import atomic_folder, hash_file, link_or_copy, write_json
 from graftlm.model.composed import BaseFiles, RoutingFiles
 from graftlm.model.composition import BUDGET, EXPAND, Composition, check_mode, retained
 from graftlm.model.decoupled import HeldRouting
@@ -82,7 +81,7 @@ def save(
             _write_entry(entry, temporary / _ledger_file(index), earlier)
         if _holds_llm(model):
             for path in sorted(path for path in model.folder.iterdir() if path.is_file()):
-                _carry(path, temporary / INSIDE / path.name)
+                link_or_copy(path, temporary / INSIDE / path.name)
         if model.composition is not None:
             _put_routing(model.composition.files, temporary)
         write_json(temporary / MANIFEST, _describe(model, model.folder, temporary, history))
@@ -168,22 +167,13 @@ def _holds_llm(model: MultimodalLM) -> bool:
     return bool(model.spec.llm == INSIDE and model.folder and (model.folder.parent / MANIFEST).is_file())
 
 
-def _carry(source: Path, target: Path) -> None:
-    """Link a file, or copy it to another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _put_routing(files: RoutingFiles, folder: Path) -> None:
     """The routing files: linked, or written when a stage just made them."""
     for file in files.spec.files:
         if isinstance(files, HeldRouting):
             files.write(folder / file)
         else:
-            _carry(files.folder / file, folder / file)
+            link_or_copy(files.folder / file, folder / file)
 
 
 def _describe(model: MultimodalLM, llm: Path, folder: Path, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

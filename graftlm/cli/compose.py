@@ -20,7 +20,12 @@ __all__ = ["compose", "is_recipe", "read_recipe", "show_forecast"]
 
 
 def compose(
-    what: Annotated[str, typer.Argument(metavar="RECIPE|RULE", help="A recipe file, or a rule: 'graftlm list rules'.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|RULE", help="A recipe file, or a rule: mmer, signs, damc or one of 'graftlm list rules'."
+        ),
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(

@@ -423,9 +423,9 @@ HEAD = """# Merging: time and memory
 
 **In short.** Merging with an exact whole-model threshold costs 13 to 15 CPU seconds and 0.1 GB of anonymous memory where reading
 twice and writing once costs 6.4; merging without one is within 1.3 times the floor. mergekit took 8 to 16 times the CPU and
-3 to 4 GB (15 GB resident). It was slow on this machine, inside its own tensor operations: an earlier measurement on another
-day had 22 CPU seconds for linear, 24 for task arithmetic, 264 for TIES and 100 for DARE-TIES (same version, same shapes); take
-the smaller of both when in doubt. Its TIES trims per tensor, ours over the whole model unless told otherwise.
+3 to 4 GB (15 GB resident). It was slow on this machine, inside its own tensor operations: figures from another day, not made
+by this script, are 22 CPU seconds for linear, 24 for task arithmetic, 264 for TIES and 100 for DARE-TIES (same version,
+same shapes); take the smaller of both when in doubt. Its TIES trims per tensor, ours over the whole model unless told otherwise.
 
 Made by `python benchmarks/merge.py run DATA --peer BIN`, then `table`. One base and four tunes of 1.10 billion parameters in
 bfloat16 (TinyLlama's shape), 2.20 GB each, in the page cache; fresh processes, run in turns on one machine of two cores

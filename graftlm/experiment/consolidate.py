@@ -33,7 +33,7 @@ from graftlm.core.files import atomic_folder, hash_json, link_or_copy, read_json
 from graftlm.merging import RULES, checks, headers, spectral
 from graftlm.merging.card import card
 from graftlm.merging.checks import Grown, Model
-from graftlm.merging.compose import RECIPE, SIDE_FILES, Inputs, compose, ledger_updates, open_inputs, sources
+from graftlm.merging.compose import RECIPE, Inputs, compose, ledger_updates, open_inputs, sources
 from graftlm.merging.headers import Adapter, Weights
 from graftlm.merging.recipe import COMPOSERS, DTYPES, EXPERTS, Recipe
 from graftlm.merging.sources import Factors, FileSource, Source, Update, UpdatedSource
@@ -517,7 +517,7 @@ def _dtype(recipe: Recipe, stored: str) -> torch.dtype:
 def _copy_side_files(source: Path, target: Path) -> None:
     """Tokenizer, chat template and processors: what a fine-tune has beside its weights."""
     skipped = (headers.CONFIG, headers.INDEX, headers.MANIFEST, headers.ADAPTER_CONFIG, RECIPE)
-    for path in (path for pattern in SIDE_FILES for path in source.glob(pattern)):
+    for path in (path for pattern in headers.SIDE_FILES for path in source.glob(pattern)):
         if path.name not in skipped and path.is_file():
             shutil.copyfile(path, target / path.name)
 

@@ -13,7 +13,7 @@ from graftlm.experiment import reading
 from graftlm.experiment.progress import Progress, Silent
 from graftlm.experiment.store import RunStore
 from graftlm.merging import headers
-from graftlm.merging.checks import FLOATS, Finding, Grown, Model, compare, nonfinite, read_model
+from graftlm.merging.checks import Finding, Grown, Model, compare, nonfinite, read_model
 from graftlm.merging.headers import Adapter, TensorInfo, Weights
 
 __all__ = ["Checkup", "examine"]
@@ -216,9 +216,9 @@ def _weights(model: Weights) -> tuple[Finding, ...]:
         found.append(Finding("error", what, where, "Complete the download, or restore the model's own config.json."))
     if tokens is None and not (model.folder / "tokenizer.model").is_file():
         found.append(Finding("warning", "no tokenizer", where, "Copy the tokenizer's files into the folder."))
-    if others := sorted({info.dtype for info in model.tensors.values()} - {*FLOATS}):
+    if others := sorted({info.dtype for info in model.tensors.values()} - {*headers.FLOATS}):
         what = f"tensors of {', '.join(others)}"
-        found.append(Finding("warning", what, where, f"Only {', '.join(FLOATS)} can be merged."))
+        found.append(Finding("warning", what, where, f"Only {', '.join(headers.FLOATS)} can be merged."))
     if "auto_map" in model.config:
         what = "config.json asks for Python code of its own"
         found.append(Finding("warning", what, where, "It is never run here, so the model may not load."))

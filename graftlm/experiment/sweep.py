@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from graftlm.core.cache import cache_folder
-from graftlm.core.errors import CheckpointError, ConfigError, MergeError, RunError
+from graftlm.core.errors import ConfigError, MergeError, RunError
 from graftlm.core.files import append_jsonl, hash_file, hash_json, locked, milestone, read_jsonl, write_json
 from graftlm.data.types import IGNORE, Sample, Task
 from graftlm.evaluation import suite
@@ -62,7 +62,7 @@ from graftlm.merging import RULES, checks, headers, spectral
 from graftlm.merging.sources import FileState
 from graftlm.merging.spectral import Report
 from graftlm.model import checkpoint
-from graftlm.model.base import read_llm, read_tokenizer
+from graftlm.model.base import read_llm, read_pretrained, read_tokenizer
 from graftlm.model.features import FeatureCache
 from graftlm.model.manifest import MANIFEST
 from graftlm.model.multimodal import MultimodalLM
@@ -372,23 +372,7 @@ def _read_model(folder: Path, tokenizer: Path, weights: headers.Weights, device:
 def _read_vision_language(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForImageTextToText
 
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read as a vision-language model ({error}). Check the folder."
-        ) from None
-    model: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):
-        raise CheckpointError(f"{folder}: {len(missing)} weights are missing ({missing[0]} ...). Use another copy.")
-    return model
+    return read_pretrained(AutoModelForImageTextToText, "vision-language model", folder, dtype)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

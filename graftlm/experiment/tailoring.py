@@ -27,7 +27,8 @@ from graftlm.core import seeds
 from graftlm.core.errors import CheckpointError, ConfigError, DataError, MergeError, RunError
 from graftlm.core.files import atomic_folder, hash_file, read_json, write_json
 from graftlm.data.types import Sample
-from graftlm.merging.output import Planned, Shards
+from graftlm.merging.headers import FLOATS, SIDE_FILES
+from graftlm.merging.output import Planned, Shards, shard_name
 from graftlm.merging.tailor import tailor
 from graftlm.model import checkpoint
 from graftlm.model.base import DTYPES, base_folder
@@ -59,11 +60,6 @@ BLOCK = re.compile(r"\.(\d+)\.")
 
 STORED = {"float32": "F32", "bfloat16": "BF16"}
 """Working dtypes, as safetensors call them."""
-
-FLOATS = ("F32", "BF16", "F16")
-
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""What stands beside the weights of an LLM."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what happens ("calibrating", "tailoring"), how much of it is done, and of how much."""
@@ -138,7 +134,7 @@ def tailor_model(
     ]
     with atomic_folder(out) as temporary:
         llm = temporary / INSIDE
-        shards = Shards(llm, planned, _shard_name)
+        shards = Shards(llm, planned, shard_name)
         shards.open()
         try:
             for tensor in planned:
@@ -395,10 +391,6 @@ def _check_pair(before: StoredModel, after: StoredModel) -> None:
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
-
-
-def _shard_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
 
 
 def _write(shards: Shards, planned: Planned, tensor: Tensor) -> None:

@@ -16,12 +16,9 @@ from typing import Any, Literal
 from graftlm.core.errors import CheckpointError, MergeError
 from graftlm.core.files import hash_file
 from graftlm.merging import headers
-from graftlm.merging.headers import Adapter, Alignment, TensorInfo, Weights, align
+from graftlm.merging.headers import FLOATS, Adapter, Alignment, TensorInfo, Weights, align
 
-__all__ = ["FLOATS", "Finding", "Grown", "Model", "compare", "nonfinite", "place", "read_model", "require"]
-
-FLOATS = ("BF16", "F16", "F32")
-"""Storage dtypes that can be merged."""
+__all__ = ["Finding", "Grown", "Model", "compare", "nonfinite", "place", "read_model", "require"]
 
 STRUCTURE = (
     *(

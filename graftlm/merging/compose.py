@@ -28,8 +28,8 @@ from graftlm.merging import checks, headers
 from graftlm.merging.card import card
 from graftlm.merging.checks import Grown, Model
 from graftlm.merging.coins import key
-from graftlm.merging.headers import Adapter, TensorInfo, Weights
-from graftlm.merging.output import Planned, Shards, WorkFolder, finish_renamed, is_renamed, work_folder
+from graftlm.merging.headers import FLOATS, SIDE_FILES, Adapter, TensorInfo, Weights
+from graftlm.merging.output import Planned, Shards, WorkFolder, finish_renamed, is_renamed, shard_name, work_folder
 from graftlm.merging.recipe import COMPOSERS, DTYPES, EXPERTS, ONE, Recipe, combination
 from graftlm.merging.sources import Factors, FileSource, FileState, Source, Update, UpdatedSource
 from graftlm.merging.stream import RAM, Merge, Progress
@@ -39,13 +39,8 @@ __all__ = ["Inputs", "compose", "ledger_updates", "open_inputs", "outputs"]
 RECIPE = "recipe.json"
 """File of a folder that says what it was made of."""
 
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""What stands beside weights: config, tokenizer, processors. No code."""
-
 COPIED = 1 << 26
 """Bytes of a tensor that is only copied, at once."""
-
-FLOATS = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,11 @@ class Inputs:
 
     def is_head(self, name: str) -> bool:
         """Whether a tensor is a stored copy of the embedding that the head is tied to; it is left out of the result."""
-        return self.base.tied and name.endswith(headers.HEAD)
+        return _is_head(self.base, name)
+
+
+def _is_head(base: Weights, name: str) -> bool:
+    return base.tied and name.endswith(headers.HEAD)
 
 
 def open_inputs(recipe: Recipe, out: Path | None = None, *, least: int = 2) -> Inputs:
@@ -136,9 +135,10 @@ def open_inputs(recipe: Recipe, out: Path | None = None, *, least: int = 2) -> I
     for model in models.values():
         if isinstance(model, Weights):
             shared &= set(headers.align(base, model).names)  # constants and tied heads may be stored by some only
-    head = {name for name in base.tensors if base.tied and name.endswith(headers.HEAD)}
-    names = [n for n, info in base.tensors.items() if info.dtype in FLOATS and n in shared and n not in head]
-    copied = [name for name in base.tensors if name not in {*names, *head}]
+    written = {name: info for name, info in base.tensors.items() if not _is_head(base, name)}
+    names = [name for name, info in written.items() if info.dtype in FLOATS and name in shared]
+    merged = set(names)
+    copied = [name for name in written if name not in merged]
     inputs = Inputs(recipe, base, models, "graftlm" if all(grown) else "hf", names, copied)
     if inputs.routed:
         inputs = Inputs(recipe, base, models, inputs.kind, _changed(inputs), copied)
@@ -365,10 +365,8 @@ def _hashing(files: Sequence[Path]) -> Iterator[Future[dict[str, str]]]:
             stop.set()
 
 
-def _merge(
-    inputs: Inputs, work: WorkFolder, threads: int | None, ram: int, progress: Progress
-) -> Mapping[str, Sequence[float]]:
-    """Write the tensors."""
+def _merge(inputs: Inputs, work: WorkFolder, threads: int | None, ram: int, progress: Progress) -> Sequence[float]:
+    """Write the tensors; with masks, the share of the weights that each model keeps."""
     recipe = inputs.recipe
     base, models = sources(inputs)
     shards = Shards(*_layout(inputs, work.path))
@@ -382,7 +380,7 @@ def _merge(
 
             rule, settings = recipe.rule, recipe.settings
             TensorMerge(base, models, inputs.names, rule, settings, dtypes, shards, ram=ram).run(work, progress)
-            share: Mapping[str, Sequence[float]] = {}
+            share: Sequence[float] = ()
         else:
             how = combination(recipe)
             merge = Merge(
@@ -409,11 +407,7 @@ def _merge(
 def _layout(inputs: Inputs, folder: Path) -> tuple[Path, list[Planned], Any]:
     if inputs.routed:
         return folder / "routing", outputs(inputs), lambda number, count: f"{number:05}.safetensors"
-
-    def name(number: int, count: int) -> str:
-        return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-
-    return folder / "llm" if inputs.kind == "graftlm" else folder, outputs(inputs), name
+    return folder / "llm" if inputs.kind == "graftlm" else folder, outputs(inputs), shard_name
 
 
 def _copy(inputs: Inputs, shards: Shards) -> None:
@@ -426,7 +420,7 @@ def _copy(inputs: Inputs, shards: Shards) -> None:
                 shards.write(name, start, memoryview(file.read(min(COPIED, info.bytes - start))))
 
 
-def _finish(inputs: Inputs, work: WorkFolder, hashes: Mapping[str, str], share: Mapping[str, Sequence[float]]) -> None:
+def _finish(inputs: Inputs, work: WorkFolder, hashes: Mapping[str, str], share: Sequence[float]) -> None:
     """Everything but the weights."""
     record = {
         "compose": inputs.recipe.to_dict(),
@@ -436,7 +430,7 @@ def _finish(inputs: Inputs, work: WorkFolder, hashes: Mapping[str, str], share: 
         },
     }
     if share:
-        record["mask_share"] = dict(zip(inputs.models, share[""], strict=True))
+        record["mask_share"] = dict(zip(inputs.models, share, strict=True))
     write_text(work.path / "README.md", card(inputs.recipe, record["inputs"], inputs.base.folder.name))
     if inputs.kind == "hf" and not inputs.routed:
         _side_files(inputs.base.folder, work.path, inputs.recipe.dtype)
@@ -453,7 +447,7 @@ def _described(inputs: Inputs) -> list[tuple[str, Any, list[Path]]]:
 
 
 def _digest(files: Sequence[Path], hashes: Mapping[str, str]) -> str:
-    """One hash over the files of a model, as `model.manifest.hash_llm` makes it."""
+    """One hash over the files of a model."""
     return hash_json({path.name: hashes[str(path)] for path in sorted(files)})
 
 

@@ -17,6 +17,8 @@ from graftlm.core.errors import CheckpointError
 
 __all__ = [
     "BITS",
+    "FLOATS",
+    "SIDE_FILES",
     "Adapter",
     "Alignment",
     "LowRank",
@@ -39,6 +41,12 @@ BITS = {
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 """Bits per number of every dtype of the safetensors format."""
+
+FLOATS = ("BF16", "F16", "F32")
+"""Storage dtypes that can be merged."""
+
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""What stands beside weights: config, tokenizer, processors. No code."""
 
 MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""

@@ -18,7 +18,7 @@ from graftlm.core.errors import MergeError, RunError
 from graftlm.core.files import MARKER, append_jsonl, is_complete, locked, milestone, read_jsonl, sync, write_json
 from graftlm.merging.headers import BITS
 
-__all__ = ["Planned", "Shards", "WorkFolder", "finish_renamed", "is_renamed", "work_folder"]
+__all__ = ["Planned", "Shards", "WorkFolder", "finish_renamed", "is_renamed", "shard_name", "work_folder"]
 
 SHARD_BYTES = 5 * 10**9
 """The most bytes of one file, unless one tensor is larger."""
@@ -36,6 +36,11 @@ class Planned:
     def bytes(self) -> int:
         """Size of its numbers."""
         return BITS[self.dtype] * math.prod(self.shape) // 8
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of a shard, as Hugging Face has it."""
+    return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
 
 
 class Shards:

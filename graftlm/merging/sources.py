@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftlm.core.errors import CheckpointError, MergeError
-from graftlm.merging.headers import TensorInfo
+from graftlm.merging.headers import FLOATS, TensorInfo
 
 __all__ = ["Factors", "FileSource", "FileState", "LowRank", "Raw", "Source", "Update", "UpdatedSource"]
 
@@ -31,9 +31,6 @@ KEPT_FACTORS = 8
 
 PRODUCT_ROWS = 128
 """Rows of a low-rank update that are computed at once."""
-
-FLOATS = ("BF16", "F16", "F32")
-"""Storage dtypes that can be merged."""
 
 
 @dataclass(frozen=True)

@@ -204,11 +204,11 @@ class Merge:
         """Numbers of one model that are merged."""
         return int(self._offsets[-1])
 
-    def run(self, work: WorkFolder, progress: Progress) -> dict[str, list[float]]:
+    def run(self, work: WorkFolder, progress: Progress) -> list[float]:
         """Merge what is not merged yet.
 
         Returns:
-            With masks, the share of each tensor's weights that each model keeps; the key "" is over all.
+            With masks, the share of the weights that each model keeps; else nothing.
 
         Raises:
             MergeError: a weight is NaN or infinite, or files changed.
@@ -227,7 +227,7 @@ class Merge:
             self._zero = self._majority(progress) if self._how.compat_reference else 0
             work.note(limits=[[[x.bits, x.cut] for x in limits] for limits in self._limits], zero=self._zero)
         kept = self._walk(work, done, kept, progress)
-        return {"": [count / max(self.numel, 1) for count in kept]} if self._how.keep == "masks" else {}
+        return [count / max(self.numel, 1) for count in kept] if self._how.keep == "masks" else []
 
     # --- the main walk ------------------------------------------------------------------------------------------------
 

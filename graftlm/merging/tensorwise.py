@@ -14,7 +14,7 @@ from graftlm.merging.sources import LowRank, Source, UpdatedSource
 from graftlm.merging.stream import COPIES, RAM, Progress
 from graftlm.model.rule import Rule
 
-__all__ = ["RAM", "TensorMerge", "stacked"]
+__all__ = ["TensorMerge", "stacked"]
 
 WHOLE = frozenset({"sac"})
 """Rules that need all of a tensor; others take rows."""

@@ -12,7 +12,7 @@ from graftlm.core.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DTYPES", "base_folder", "read_llm", "read_tokenizer"]
+__all__ = ["DTYPES", "base_folder", "read_llm", "read_pretrained", "read_tokenizer"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Working dtypes of an LLM by name."""
@@ -40,8 +40,21 @@ def read_llm(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
+    return read_pretrained(AutoModelForCausalLM, "causal LLM", folder, dtype)
+
+
+def read_pretrained(loader: Any, what: str, folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """A model of a Hugging Face folder, on the CPU: nothing downloaded, no code run, no weight left random.
+
+    Args:
+        loader: a class of transformers with ``from_pretrained``.
+        what: it loads, in errors.
+
+    Raises:
+        CheckpointError: see `read_llm`.
+    """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = loader.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=False,
@@ -50,14 +63,14 @@ def read_llm(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be read as a causal LLM ({error}). Check the folder.") from error
-    llm: PreTrainedModel = loaded[0]
+        raise CheckpointError(f"{folder}: cannot be read as a {what} ({error}). Check the folder.") from error
+    model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # these would be random
         raise CheckpointError(
             f"{folder}: {len(missing)} weights are missing ({', '.join(missing[:3])} ...); all are expected. "
-            f"Use another copy, of a causal LLM."
+            f"Use another copy, of a {what}."
         )
-    return llm
+    return model
 
 
 def read_tokenizer(folder: Path, llm: "PreTrainedModel") -> "PreTrainedTokenizerBase":

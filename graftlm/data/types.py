@@ -77,6 +77,8 @@ class Task:
         metric: name in `evaluation.metrics` ("cider", "exact", "vqa", "letter").
         max_new_tokens: length limit of an answer.
         source: where the data come from: paper, licence, or the folder's content hash.
+        pseudo: for captions, a question and its answer about the media of a training sample, by the sample's id; what
+            MoInCL's pseudo targets are made of.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Task:
     test: Sequence[Sample]
     max_new_tokens: int = 32
     source: str = ""
+    pseudo: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def measured(self, split: str) -> Sequence[Sample]:
         """The samples of a split that models are measured on, "val" or "test"."""
@@ -117,12 +120,18 @@ class Stream:
 
     Attributes:
         later: tasks that may come after the stages, one each, for models that were composed.
+        start: what the model has learned before the first stage, without any method; no stage itself, and never replayed.
+        aligned: whether the start moved connectors alone, and the LLM is still the base.
+        inquiries: text without labels for regularisation; an answer, if there is one, is what data replay learns.
     """
 
     name: str
     stages: tuple[Stage, ...]
     probes: tuple[Task, ...] = ()
     later: tuple[Stage, ...] = ()
+    start: Stage | None = None
+    aligned: bool = False
+    inquiries: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,6 +192,7 @@ class Output:
 
     Attributes:
         loss: cross-entropy, mean over answer tokens.
+        answer_logits: Float (K, V), the logits of the K positions whose next token is an answer's, row by row.
         labels: Int (B, S).
         modality_ids: Int (B, S); 0 is text.
         attention_mask: Bool (B, S).
@@ -191,6 +201,7 @@ class Output:
     """
 
     loss: Tensor
+    answer_logits: Tensor
     labels: Tensor
     modality_ids: Tensor
     attention_mask: Tensor

@@ -21,6 +21,9 @@ from graftlm.model.connectors import CONNECTORS
 from graftlm.model.encoders import ENCODERS
 from graftlm.model.specs import ConnectorSpec, EncoderSpec, LoraSpec, ModalitySpec, ModelSpec
 
+GENERATED = ("miniworld", "llavac-", "micl-order")
+"""Beginnings of the names of streams that are written, not found."""
+
 __all__ = ["changed", "check", "model_spec", "schedule"]
 
 
@@ -120,7 +123,7 @@ def _check_settings(factory: Callable[..., Any], settings: Mapping[str, Any], pa
 
 
 def _check_root(spec: ExperimentSpec) -> None:
-    if spec.stream.startswith("miniworld"):
+    if spec.stream.startswith(GENERATED):
         if spec.data.root is not None:
             raise ConfigError(f"data.root: '{spec.data.root}', but stream {spec.stream} is generated. Leave it out.")
     elif spec.data.root is None or not Path(spec.data.root).is_dir():

@@ -4,6 +4,7 @@ A cell needs nothing of the others: the base on the probes, one stage learned al
 one method through the whole stream. Whatever is finished in the run folder is kept, so a cell can be started at any point.
 """
 
+import dataclasses
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +16,51 @@ from safetensors import SafetensorError
 
 from graftlm.core import seeds
 from graftlm.core.cache import cache_folder
-from graftlm.core.errors import RunError
+from graftlm.core.errors import ConfigError, GraftError, RunError, did_you_mean
 from graftlm.core.files import is_complete, locked
+from graftlm.core.registry import Registry
 from graftlm.data import streams
 from graftlm.data.miniworld.world import WorldSpec, build
 from graftlm.data.types import Stage, Stream, Task
 from graftlm.evaluation import suite
 from graftlm.evaluation.blind import blind
 from graftlm.experiment.progress import Progress
+from graftlm.experiment.shift import Shift
 from graftlm.experiment.spec import ExperimentSpec
 from graftlm.experiment.stages import LearnedStage, StageStore, copy_linked
 from graftlm.experiment.store import RunStore
+from graftlm.learning import phase as phases
 from graftlm.learning.method import Method
 from graftlm.learning.phase import Schedule
 from graftlm.methods import build as build_methods
 
-__all__ = ["EVALUATION_UNIT", "Cell", "Told", "Worker", "answerable", "open_stream", "plan_cells", "units"]
+__all__ = [
+    "EVALUATION_UNIT",
+    "JOINT",
+    "Cell",
+    "Told",
+    "Worker",
+    "answerable",
+    "asked",
+    "check_stream",
+    "open_stream",
+    "ordered",
+    "plan_cells",
+    "units",
+]
+
+WORLDS = Registry(
+    "mini world",
+    {"llavac": "graftlm.data.miniworld.llavac:build", "micl": "graftlm.data.miniworld.micl:build"},
+    "graftlm.worlds",
+)
+"""Worlds of their own, by the beginning of their streams' names."""
+
+START = phases.schedule("miniworld")
+"""How the start of a mini world is learned: connectors first, then with the LLM."""
+
+JOINT = "joint"
+"""Name of the one stage of a method that learns all of them at once."""
 
 EVALUATION_UNIT = 0.35
 """Cost of answering one test item, in units of one training sample (both measured on the mini world)."""
@@ -53,15 +83,52 @@ def open_stream(spec: ExperimentSpec) -> Stream:
     """The stream of an experiment; the mini world is written first, unless it is there."""
     root = Path(spec.data.root) if spec.data.root else _world(spec)
     stream: Stream = streams.STREAMS.get(spec.stream)(root, skip_bad=spec.data.skip_bad)
-    return stream
+    return ordered(stream, spec.order)
+
+
+def check_stream(spec: ExperimentSpec, stream: Stream) -> None:
+    """What ingredients have against the stages, before any work.
+
+    Raises:
+        ConfigError, DataError: a setting does not fit the stream, or something that an ingredient needs is missing.
+    """
+    for name, entries in spec.mixes().items():
+        for method in build_methods(entries, f"methods.{name}"):
+            try:
+                method.check(stream)
+            except GraftError as error:
+                raise type(error)(f"methods.{name}: {error}") from None
+
+
+def ordered(stream: Stream, order: str | Sequence[str]) -> Stream:
+    """The stream with its stages in another order: "given", "reverse", or by name; a stage that is not named is left out.
+
+    Raises:
+        ConfigError: no stage of that name, or one twice.
+    """
+    if order == "given":
+        return stream
+    if order == "reverse":
+        return dataclasses.replace(stream, stages=stream.stages[::-1])
+    stages = {stage.name: stage for stage in stream.stages}
+    for index, name in enumerate(order):
+        if name not in stages:
+            raise ConfigError(f"order[{index}]: no stage '{name}' in {stream.name}; {did_you_mean(name, stages)}")
+    if len(set(order)) < len(order):
+        raise ConfigError(f"order: {list(order)} names a stage twice; each once is expected.")
+    return dataclasses.replace(stream, stages=tuple(stages[name] for name in order))
 
 
 def _world(spec: ExperimentSpec) -> Path:
     seed = spec.seed if spec.data.seed is None else spec.data.seed
-    experts = spec.stream == "miniworld-experts"
-    stages: Literal[4, 8] = 8 if experts or "long" in spec.stream else 4
     worlds = cache_folder() / "worlds"
     with locked(worlds / ".lock", wait=3600):
+        family = spec.stream.partition("-")[0]
+        if family in WORLDS.table():
+            folder: Path = WORLDS.get(family)(size=spec.data.size, seed=seed, root=worlds, conflict=spec.data.conflict)
+            return folder.resolve()
+        experts = spec.stream == "miniworld-experts"
+        stages: Literal[4, 8] = 8 if experts or "long" in spec.stream else 4
         return build(WorldSpec(spec.data.size, seed, spec.data.conflict, stages, expansion=experts), worlds).resolve()
 
 
@@ -83,7 +150,9 @@ class Worker:
         self.store = RunStore.open(out, spec)
         self.stream = open_stream(spec)
         self.schedule: Schedule = spec.schedule()
-        self.stages = StageStore(cache_folder(), spec.model_spec(), self.schedule, spec.seed, spec.device_name())
+        self.stages = StageStore(
+            cache_folder(), spec.model_spec(), self.schedule, spec.seed, spec.device_name(), self.stream.inquiries
+        )
 
     def do(self, cell: Cell, progress: Progress) -> None:
         """Finish a cell, from wherever it is.
@@ -109,16 +178,24 @@ class Worker:
         else:
             self._method(cell.name, progress)
 
+    def start(self, progress: Progress) -> LearnedStage | None:
+        """What the stream has learned before its first stage: None is the bare base."""
+        if self.stream.start is None:
+            return None
+        progress.cell("start", self.stream.start.name)
+        only_connectors: list[Method] = build_methods(["eproj"]) if self.stream.aligned else []
+        return self.stages.obtain(self.stream.start, [], only_connectors, None, schedule=START)
+
     def _base(self, progress: Progress) -> None:
         folder = self.store.base()
-        tasks = answerable(self.spec, self.stream, [])
+        tasks = asked(self.spec, self.stream, 0)
         if not (folder / "scores.json").exists() and tasks:
-            self._evaluate(None, tasks, folder, progress, "base")
+            self._evaluate(self.start(progress), tasks, folder, progress, "base")
 
     def _expert(self, name: str, progress: Progress) -> None:
         stage = next(stage for stage in self.stream.stages if stage.name == name)
         folder = self.store.expert(name)
-        learned = self._learn(stage, [], [], None, folder, progress, f"expert {name}")
+        learned = self._learn(stage, [], [], self.start(progress), folder, progress, f"expert {name}")
         self._measure(learned, list(stage.tasks), folder, progress, f"expert {name}")
         floor = self.store.blind(name)
         tasks = [blind(task, seeds.derive(self.spec.seed, "blind", task.name)) for task in stage.tasks]
@@ -126,16 +203,23 @@ class Worker:
 
     def _method(self, name: str, progress: Progress) -> None:
         methods = build_methods(self.spec.mixes()[name], f"methods.{name}")
-        parent: LearnedStage | None = None
-        for index, stage in enumerate(self.stream.stages):
+        parent = self.start(progress)
+        shift = Shift(self.stages, parent, self.stream.inquiries)
+        stages = self.stream.stages
+        if any(method.joint for method in methods):
+            index = len(stages) - 1
+            union = Stage(JOINT, tuple(task for stage in stages for task in stage.tasks))
+            folder = self.store.stage(name, index, union.name)
+            learned = self._learn(union, [], methods, parent, folder, progress, f"{name} all stages at once")
+            self._measure(learned, asked(self.spec, self.stream, len(stages)), folder, progress, f"{name} {union.name}")
+            shift.write(learned, folder)
+            return
+        for index, stage in enumerate(stages):
             folder = self.store.stage(name, index, stage.name)
-            label = f"{name} {index + 1}/{len(self.stream.stages)} {stage.name}"
-            past = self.stream.stages[:index]
-            parent = self._learn(stage, past, methods, parent, folder, progress, label)
-            seen = [*past, stage]
-            tasks = [task for each in seen for task in each.tasks]
-            probes = answerable(self.spec, self.stream, [m for each in seen for m in each.modalities])
-            self._measure(parent, [*tasks, *probes], folder, progress, label)
+            label = f"{name} {index + 1}/{len(stages)} {stage.name}"
+            parent = self._learn(stage, stages[:index], methods, parent, folder, progress, label)
+            self._measure(parent, asked(self.spec, self.stream, index + 1), folder, progress, label)
+            shift.write(parent, folder)
 
     def _learn(
         self,
@@ -243,6 +327,17 @@ def answerable(spec: ExperimentSpec, stream: Stream, modalities: Sequence[str]) 
     ]
 
 
+def asked(spec: ExperimentSpec, stream: Stream, count: int) -> list[Task]:
+    """What a model is measured on after so many stages, probes last.
+
+    The tasks of these stages; of all stages when the stream has a start, as that knows their modalities and can be asked.
+    """
+    seen = stream.stages[:count]
+    known = [m for each in ([stream.start] if stream.start else []) + list(seen) for m in each.modalities]
+    of = [stage for stage in stream.stages if set(stage.modalities) <= set(known)] if stream.start else seen
+    return [task for stage in of for task in stage.tasks] + answerable(spec, stream, known)
+
+
 def _learning_units(stage: Stage, schedule: Schedule) -> float:
     return float(sum(len(stage.samples(phase.kinds)) * phase.epochs for phase in schedule.phases))
 
@@ -257,14 +352,11 @@ def units(spec: ExperimentSpec, stream: Stream, cell: Cell) -> float:
     """Work of a cell in training samples."""
     schedule = spec.schedule()
     if cell.kind == "base":
-        return _evaluation_units(answerable(spec, stream, []), spec)
+        return _evaluation_units(asked(spec, stream, 0), spec)
     if cell.kind == "expert":
         stage = next(stage for stage in stream.stages if stage.name == cell.name)
         return _learning_units(stage, schedule) + 2 * _evaluation_units(stage.tasks, spec)
     units = 0.0
     for index, stage in enumerate(stream.stages):
-        seen = stream.stages[: index + 1]
-        tasks = [task for each in seen for task in each.tasks]
-        tasks += answerable(spec, stream, [m for each in seen for m in each.modalities])
-        units += _learning_units(stage, schedule) + _evaluation_units(tasks, spec)
+        units += _learning_units(stage, schedule) + _evaluation_units(asked(spec, stream, index + 1), spec)
     return units

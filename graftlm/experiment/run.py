@@ -6,7 +6,7 @@ its parent, and predictions continue after the last finished batch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from graftlm.core.files import read_json, write_json
 from graftlm.data.types import Stream, Task
 from graftlm.evaluation import gains
 from graftlm.experiment import composing, workers
-from graftlm.experiment.cells import answerable, open_stream
+from graftlm.experiment.cells import JOINT, answerable, asked, check_stream, open_stream
 from graftlm.experiment.kinds import open_worker, plan_cells, units
 from graftlm.experiment.progress import Progress, Silent
 from graftlm.experiment.spec import ExperimentSpec
@@ -45,6 +45,7 @@ def run(spec: ExperimentSpec, out: Path, *, progress: Progress | None = None) ->
     with store.lock():
         workers.wait_for_orphans(out)
         stream = open_stream(spec)
+        check_stream(spec, stream)
         cells = plan_cells(spec, stream)
         progress.start(sum(units(spec, stream, cell) for cell in cells))
         jobs = min(spec.job_count(), len(cells))
@@ -76,13 +77,17 @@ def summarise(spec: ExperimentSpec, store: RunStore, stream: Stream) -> dict[str
     composed = {} if spec.composers is None else composing.summarise(spec, store, stream, experts)
     methods: dict[str, Any] = {}
     for name, entries in spec.mixes().items():
+        last = store.stage(name, len(stream.stages) - 1, JOINT)
+        if last.is_dir():
+            methods[name] = _joint(spec, stream, experts, entries, last)
+            continue
         scores, probes, cost = [], [], []
         for index, stage in enumerate(stream.stages):
             folder = store.stage(name, index, stage.name)
             seen = stream.stages[: index + 1]
             scores.append({each.name: _values(folder, each.tasks) for each in seen})
-            asked = answerable(spec, stream, [m for each in seen for m in each.modalities])
-            probes.append(_values(folder, asked))
+            known = answerable(spec, stream, [m for each in seen for m in each.modalities])
+            probes.append(_values(folder, known))
             cost += [{"stage": stage.name} | log for log in LearnedStage(folder).fit]
         backward, forward = gains.backward_gains(scores, experts), gains.forward_gains(scores, experts)
         mean, std = gains.summary(backward)
@@ -94,7 +99,7 @@ def summarise(spec: ExperimentSpec, store: RunStore, stream: Stream) -> dict[str
             "backward_std": _known(std),
             "scores": scores,
             "probes": probes,
-            "cost": [log | {"tokens_per_second": log["tokens"] / max(log["seconds"], 1e-9)} for log in cost],
+            "cost": [_with_speed(log) for log in cost],
         }
     return {
         "name": spec.name,
@@ -103,10 +108,37 @@ def summarise(spec: ExperimentSpec, store: RunStore, stream: Stream) -> dict[str
         "split": spec.evaluate.split,
         "experts": experts,
         "blind": {stage.name: _values(store.blind(stage.name), stage.tasks) for stage in stream.stages},
-        "base": _values(store.base(), answerable(spec, stream, [])),
+        "base": _values(store.base(), asked(spec, stream, 0)),
         "methods": methods,
         **composed,
     }
+
+
+def _joint(
+    spec: ExperimentSpec, stream: Stream, experts: Mapping[str, Any], entries: Sequence[Any], folder: Path
+) -> dict[str, Any]:
+    """A method that learned all stages at once: it has no stages to tell apart, only what it makes of each in the end."""
+    scores = {stage.name: _values(folder, stage.tasks) for stage in stream.stages}
+    probes = answerable(spec, stream, [m for stage in stream.stages for m in stage.modalities])
+    return {
+        "ingredients": entries,
+        "backward": [],
+        "forward": [],
+        "backward_mean": None,
+        "backward_std": None,
+        "scores": [],
+        "probes": [],
+        "cost": [_with_speed({"stage": JOINT} | log) for log in LearnedStage(folder).fit],
+        "joint": {
+            "scores": scores,
+            "relative": {name: _known(gains.relative_gain(scores[name], experts[name])) for name in scores},
+            "probes": _values(folder, probes),
+        },
+    }
+
+
+def _with_speed(log: Mapping[str, Any]) -> dict[str, Any]:
+    return {**log, "tokens_per_second": log["tokens"] / max(log["seconds"], 1e-9)}
 
 
 def _known(gain: float) -> float | None:

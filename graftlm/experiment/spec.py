@@ -51,6 +51,7 @@ class ExperimentSpec(Settings):
     name: FolderName
     model: ModelSettings
     stream: StreamName
+    order: Literal["given", "reverse"] | list[str] = "given"
     phases: Phases
     methods: Mixes = Field(default_factory=dict)
     composers: Composers | None = None
@@ -74,7 +75,8 @@ class ExperimentSpec(Settings):
     @model_serializer(mode="wrap")
     def _without_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Experiments with methods look as they did before there were composers."""
-        gone = ("methods",) if self.composers is not None else ("composers", "study")
+        gone = {"methods"} if self.composers is not None else {"composers", "study"}
+        gone |= {"order"} if self.order == "given" else set()
         return {key: value for key, value in handler(self).items() if key not in gone}
 
     @classmethod

@@ -28,9 +28,9 @@ from graftlm.core.files import (
     read_json,
     write_json,
 )
-from graftlm.data.types import Phase, Stage
+from graftlm.data.types import Phase, Sample, Stage
 from graftlm.learning.fit import Progress
-from graftlm.learning.method import Method
+from graftlm.learning.method import Method, check_adapters
 from graftlm.learning.phase import Schedule
 from graftlm.learning.stage import learn
 from graftlm.methods import describe
@@ -59,7 +59,7 @@ def code_digest() -> str:
 
 @dataclass(frozen=True)
 class LearnedStage:
-    """A finished stage: its folder holds checkpoint/, methods.safetensors, fit.json and key.json."""
+    """A finished stage: its folder holds checkpoint/, methods.safetensors, fit.json, key.json, and any notes.json."""
 
     folder: Path
 
@@ -88,14 +88,24 @@ class StageStore:
         model: what to build.
         schedule: phases of a stage.
         seed: the run's seed.
+        inquiries: text without labels, for ingredients that regularise on it.
     """
 
-    def __init__(self, root: Path, model: ModelSpec, schedule: Schedule, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        root: Path,
+        model: ModelSpec,
+        schedule: Schedule,
+        seed: int,
+        device: str = "cpu",
+        inquiries: Sequence[Sample] = (),
+    ) -> None:
         self.root = root / "stages"
         self.spec = model
         self.schedule = schedule
         self.seed = seed
         self.device = device
+        self.inquiries = tuple(inquiries)
         self.features = FeatureCache(root / "features")
         self._model: MultimodalLM | None = None
 
@@ -118,17 +128,22 @@ class StageStore:
         methods: Sequence[Method],
         parent: LearnedStage | None,
         *,
+        schedule: Schedule | None = None,
         progress: Progress | None = None,
     ) -> LearnedStage:
         """The stage learned after ``parent`` by this mix; from the store if it was learned before.
 
         Methods get the memory (`Method.state`) that they had after the stage.
+
+        Args:
+            schedule: of this stage, if it has one of its own.
         """
-        key = self.key(stage, past, methods, parent)
+        schedule = schedule or self.schedule
+        key = self.key(stage, past, methods, parent, schedule)
         folder = self.root / key
         with locked(self.root / f".{key}.lock", wait=7 * 24 * 3600.0):
             if not is_complete(folder):
-                self._learn(folder, stage, past, methods, parent, progress)
+                self._learn(folder, stage, past, methods, parent, schedule, progress)
         found = LearnedStage(folder)
         self.remember(found, methods)
         return found
@@ -137,10 +152,26 @@ class StageStore:
         """Give methods the memory (`Method.state`) that they had after a stage."""
         _restore_states(methods, stage.folder / "methods.safetensors", self.device)
 
-    def key(self, stage: Stage, past: Sequence[Stage], methods: Sequence[Method], parent: LearnedStage | None) -> str:
+    def key(
+        self,
+        stage: Stage,
+        past: Sequence[Stage],
+        methods: Sequence[Method],
+        parent: LearnedStage | None,
+        schedule: Schedule | None = None,
+    ) -> str:
         """The content hash of a stage: parent, name, samples and media, ingredients at work, phases, model, seed, code."""
+        schedule = schedule or self.schedule
         active = [method for method in methods if not method.idle(len(past) + 1)]
-        phases = [*self.schedule.phases, *([self.schedule.realign] if active else [])]
+        phases = [*schedule.phases, *([schedule.realign] if active else [])]
+        reads = frozenset[str]().union(*(method.reads for method in active))
+        more: dict[str, Any] = {}
+        if past and check_adapters(methods) == "run":
+            more["adapter"] = "run"
+        if "inquiries" in reads:
+            more["inquiries"] = [[s.id, s.prompt, s.answers] for s in self.inquiries]
+        if "pseudo" in reads:
+            more["pseudo"] = [[task.name, dict(task.pseudo)] for task in stage.tasks]
         return hash_json(
             {
                 "parent": parent.key if parent else ROOT,
@@ -152,6 +183,7 @@ class StageStore:
                 "base": self._base(),
                 "seed": self.seed,
                 "code": code_digest(),
+                **more,
             }
         )[:32]
 
@@ -162,17 +194,19 @@ class StageStore:
         past: Sequence[Stage],
         methods: Sequence[Method],
         parent: LearnedStage | None,
+        schedule: Schedule,
         progress: Progress | None,
     ) -> None:
         model = self.load(parent)
         milestone("stage.start")
-        logs = learn(
+        learned = learn(
             model,
             stage,
             past,
             methods,
-            self.schedule,
+            schedule,
             modalities={spec.name: spec for spec in self.spec.modalities},
+            inquiries=self.inquiries,
             seed=self.seed,
             progress=progress,
         )
@@ -190,7 +224,9 @@ class StageStore:
                 for name, x in method.state.items()
             }
             save_file(states, temporary / "methods.safetensors")
-            write_json(temporary / "fit.json", [log.to_dict() for log in logs])
+            write_json(temporary / "fit.json", [log.to_dict() for log in learned.logs])
+            if learned.notes:
+                write_json(temporary / "notes.json", learned.notes)
             write_json(temporary / "key.json", {"key": folder.name})
         milestone("stage.saved")
 

@@ -16,7 +16,7 @@ from graftlm.data.types import IGNORE, Batch, Output, Phase, Sample
 from graftlm.model import parts as model_parts
 from graftlm.model.multimodal import MultimodalLM
 
-__all__ = ["FitLog", "Progress", "fit", "plan_batches", "steps_of"]
+__all__ = ["FitLog", "Progress", "autocast", "fit", "plan_batches", "steps_of"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the phase's name, samples done and samples in all."""
@@ -82,6 +82,8 @@ def fit(
     *,
     seed: int,
     terms: Sequence[Term] = (),
+    wants: frozenset[str] = frozenset(),
+    extend: Callable[[list[Sample]], list[Sample]] | None = None,
     after_epoch: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> FitLog:
@@ -91,6 +93,8 @@ def fit(
         parts: prefixes of parameter names; everything else is frozen and stays bit-identical.
         seed: of this phase; sets order and dropout.
         terms: extra losses beside cross-entropy, each a dict of named, weighted scalars.
+        wants: "logits", "hidden": what the terms look at in `Output` beyond the answers.
+        extend: makes of a batch what the optimiser step learns from; it may append samples.
         after_epoch: called when an epoch is over.
 
     Raises:
@@ -121,7 +125,8 @@ def fit(
             for batch in plan_batches(samples, phase.batch_size, seed, epoch):
                 for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                     group["lr"] = peak * _rate(len(losses), total, phase)
-                loss, positions = _step(model, batch, phase, terms)
+                rows = extend(batch) if extend else batch
+                loss, positions = _step(model, rows, phase, terms, wants)
                 if not math.isfinite(loss):
                     raise RunError(
                         f"phase {phase.name}, epoch {epoch + 1}, step {len(losses) + 1} of {total}: the loss is {loss}, a "
@@ -161,15 +166,17 @@ def fit(
     )
 
 
-def _step(model: MultimodalLM, samples: list[Sample], phase: Phase, terms: Sequence[Term]) -> tuple[float, int]:
+def _step(
+    model: MultimodalLM, samples: list[Sample], phase: Phase, terms: Sequence[Term], wants: frozenset[str]
+) -> tuple[float, int]:
     """Gradients of one batch, in micro-batches whose sum is exactly the batch's mean over answer tokens."""
     size = math.ceil(len(samples) / phase.accumulate)
     batches = [model.batch(samples[i : i + size]) for i in range(0, len(samples), size)]
     answers = [int((batch.labels != IGNORE).sum()) for batch in batches]
     loss, positions = 0.0, 0
     for batch, count in zip(batches, answers, strict=True):
-        with _autocast(model):
-            out: Output = model(batch)
+        with autocast(model):
+            out: Output = model(batch, logits="logits" in wants, hidden="hidden" in wants)
             losses = {"answers": out.loss}
             for term in terms:
                 extra = term(batch, out)
@@ -218,7 +225,8 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _autocast(model: MultimodalLM) -> contextlib.AbstractContextManager[object]:
+def autocast(model: MultimodalLM) -> contextlib.AbstractContextManager[object]:
+    """The working dtype of a model's forward passes while it is trained."""
     if model.dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(model.device.type, dtype=model.dtype)

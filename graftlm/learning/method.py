@@ -1,30 +1,34 @@
 """An ingredient of continual learning, and what it may see.
 
-A method is a list of ingredients; each answers at some of eight moments. It returns values and never edits a shared
-blackboard. How several combine: prepare, after_epoch and consolidate run in the order written; data, trainable and rates
-pass from left to right; losses are summed, and two terms of one name are an error; the LLM is opened by the one
+A method is a list of ingredients; each answers at some of nine moments. It returns values and never edits a shared
+blackboard. How several combine: prepare, after_epoch and consolidate run in the order written; data, trainable, rates and
+batch pass from left to right; losses are summed, and two terms of one name are an error; the LLM is opened by the one
 ingredient that asks for a way of its own.
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from graftlm.core import seeds
-from graftlm.core.errors import MethodConflict
+from graftlm.core.errors import ConfigError, MethodConflict
 from graftlm.data import replay
-from graftlm.data.types import Batch, Output, Phase, Sample, Stage
-from graftlm.learning.fit import FitLog, Progress, fit
+from graftlm.data.types import Batch, Output, Phase, Sample, Stage, Stream
+from graftlm.learning.fit import FitLog, Progress, autocast, fit
 from graftlm.learning.phase import Schedule
 from graftlm.model.adapters import StageAdapter
 from graftlm.model.multimodal import MultimodalLM
 
-__all__ = ["Context", "Method", "check_adapters", "opener", "resolve"]
+__all__ = ["Context", "Method", "PerStage", "at_stage", "check_adapters", "check_per_stage", "opener", "resolve"]
 
 Adapter = Literal["any", "stage", "run", "own"]
+
+PerStage = float | list[float | None]
+"""One value, or one per stage; None where a stage has no use for it."""
 
 
 @dataclass
@@ -39,7 +43,11 @@ class Context:
         seed: the run's seed; streams are derived from it by name.
         phase: the phase that trains now; None outside of training.
         parts: the parts that move now.
+        inquiries: text without labels, see `Stream.inquiries`.
+        new: modalities that the model did not have before this stage.
+        plastic: who opens the LLM; None is the way of every stage.
         logs: one entry per finished phase.
+        notes: what ingredients want to be read later, as JSON; kept with the stage.
     """
 
     model: MultimodalLM
@@ -50,7 +58,11 @@ class Context:
     progress: Progress | None = None
     phase: Phase | None = None
     parts: frozenset[str] = frozenset()
+    inquiries: tuple[Sample, ...] = ()
+    new: frozenset[str] = frozenset()
+    plastic: "Method | None" = None
     logs: list[FitLog] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def number(self) -> int:
@@ -62,13 +74,25 @@ class Context:
         """D_1 ... D_i."""
         return (*self.past, self.stage)
 
+    @property
+    def trains_llm(self) -> bool:
+        """Whether the LLM, or some of its layers, move now."""
+        return any(part == "llm" or part.startswith("llm.") for part in self.parts)
+
+    def open(self) -> StageAdapter:
+        """Make the LLM plastic for this stage, in the way of the mix, unless it is."""
+        if not self.model.adapter.is_open:
+            self.model.adapter = (self.plastic or Method()).open(self)
+        return self.model.adapter
+
     def replay(self, stages: Sequence[Stage], fraction: float) -> list[Sample]:
         """R_i: ``fraction`` of every stage, nested (1 % is part of 10 %), the same whichever method asks."""
         return replay.replay(stages, fraction, seeds.derive(self.seed, "replay"))
 
     def forward(self, batch: Batch, *, logits: bool = False, hidden: bool = False) -> Output:
         """A forward pass that carries gradients."""
-        output: Output = self.model(batch, logits=logits, hidden=hidden)
+        with autocast(self.model):
+            output: Output = self.model(batch, logits=logits, hidden=hidden)
         return output
 
     def fit(self, samples: Sequence[Sample], phase: Phase) -> FitLog:
@@ -96,7 +120,27 @@ class Method:
     adapter: ClassVar[Adapter] = "any"
     """How the LLM must be made plastic: fresh for every "stage", one for the "run", the method's "own", or "any"."""
 
+    wants: ClassVar[frozenset[str]] = frozenset()
+    """"logits", "hidden": what `loss` looks at in `Output` beyond the answers; all positions take memory."""
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """"inquiries", "pseudo": what, beside samples, decides what this ingredient does."""
+
+    folds: ClassVar[bool] = False
+    """Whether `consolidate` says how the stage becomes part of the LLM; one of a mix can."""
+
+    joint: ClassVar[bool] = False
+    """Whether all stages are learned at once, instead of one after the other."""
+
     state: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def check(self, stream: Stream) -> None:
+        """Refuse, before any work, a stream that this ingredient cannot learn.
+
+        Raises:
+            ConfigError: a setting does not fit the stages.
+            DataError: something that it needs is missing.
+        """
 
     def idle(self, number: int) -> bool:
         """Whether this ingredient changes nothing at stage ``number``, so that stages learned alike can be shared."""
@@ -109,12 +153,14 @@ class Method:
         """Make the LLM plastic, at the first phase of a stage that moves it.
 
         Asked of the ingredient whose `adapter` is "own" or "run"; of none, a fresh LoRA is opened as here (or every weight).
+        An ingredient of the "run" goes on with the LoRA of the stage before.
 
         Returns:
             an open adapter, which becomes ``ctx.model.adapter``: `parameters` are what training moves, inside `previous` the
             LLM is θ_{i-1}, and `fold` ends the stage with weights, or a composition, that a checkpoint can hold.
         """
-        ctx.model.adapter.open(seeds.derive(ctx.seed, ctx.stage.name, "adapter"))
+        resume = self.adapter == "run" and ctx.number > 1
+        ctx.model.adapter.open(seeds.derive(ctx.seed, ctx.stage.name, "adapter"), resume=resume)
         return ctx.model.adapter
 
     def data(self, ctx: Context, samples: list[Sample]) -> list[Sample]:
@@ -128,6 +174,10 @@ class Method:
     def rates(self, ctx: Context, lr: Mapping[str, float]) -> Mapping[str, float]:
         """Peak learning rates by part in this phase; the longest matching prefix of a parameter's name counts."""
         return lr
+
+    def batch(self, ctx: Context, samples: list[Sample]) -> list[Sample]:
+        """What an optimiser step learns from: the samples of a batch, and what goes with them."""
+        return samples
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Mapping[str, Tensor]:
         """Extra named terms, already weighted."""
@@ -150,7 +200,7 @@ def check_adapters(methods: Sequence[Method]) -> Adapter:
     """The one way in which this mix makes the LLM plastic.
 
     Raises:
-        MethodConflict: two ingredients ask for different ways, or both bring their own.
+        MethodConflict: two ingredients ask for different ways, or both bring their own, or both fold.
     """
     asking = [method for method in methods if method.adapter != "any"]
     for first, second in itertools.pairwise(asking):
@@ -160,6 +210,12 @@ def check_adapters(methods: Sequence[Method]) -> Adapter:
                 f"'{second.adapter}') cannot share the LLM: one way of making it plastic is expected per mix. Use one "
                 f"of them, or write a learner that says how they share."
             )
+    folding = [type(method).__name__ for method in methods if method.folds]
+    if len(folding) > 1:
+        raise MethodConflict(
+            f"{' and '.join(folding)} each say how a stage becomes part of the LLM; one way is expected per mix. Use one of "
+            f"them."
+        )
     return asking[0].adapter if asking else "stage"
 
 
@@ -172,3 +228,24 @@ def opener(methods: Sequence[Method]) -> Method:
     if check_adapters(methods) == "stage":
         return Method()
     return next(method for method in methods if method.adapter in ("own", "run"))
+
+
+def at_stage(value: PerStage, number: int) -> float:
+    """The value of stage ``number``, counted from 1; nan where it has none."""
+    if not isinstance(value, list):
+        return value
+    chosen = value[number - 1]
+    return math.nan if chosen is None else chosen
+
+
+def check_per_stage(name: str, value: PerStage, stages: int) -> None:
+    """One value, or as many as there are stages.
+
+    Raises:
+        ConfigError: another number of values.
+    """
+    if isinstance(value, list) and len(value) != stages:
+        raise ConfigError(
+            f"{name}: {len(value)} values, but the stream has {stages} stages. One value, or one per stage (null where a "
+            f"stage has none), is expected."
+        )

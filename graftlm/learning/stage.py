@@ -6,8 +6,8 @@ from functools import partial
 
 from graftlm.core import seeds
 from graftlm.core.errors import ConfigError
-from graftlm.data.types import Modality, Stage
-from graftlm.learning.fit import FitLog, Progress, fit
+from graftlm.data.types import Modality, Sample, Stage
+from graftlm.learning.fit import Progress, fit
 from graftlm.learning.method import Context, Method, opener, resolve
 from graftlm.learning.phase import Schedule
 from graftlm.model.multimodal import MultimodalLM
@@ -24,24 +24,28 @@ def learn(
     schedule: Schedule,
     *,
     modalities: Mapping[Modality, ModalitySpec],
+    inquiries: Sequence[Sample] = (),
     seed: int = 0,
     progress: Progress | None = None,
-) -> list[FitLog]:
+) -> Context:
     """Learn one stage, in place.
 
     Args:
         past: the stages learned before, in order.
         methods: the ingredients of the mix, in order.
         modalities: how to build what the stage needs and the model lacks.
+        inquiries: text without labels, for ingredients that regularise on it.
 
     Returns:
-        One log per phase, extra phases of the ingredients included.
+        What the ingredients saw; its `logs` has one entry per phase, extra phases included, its `notes` what they noted.
     """
     plastic = opener(methods)
+    new = frozenset(stage.modalities) - model.specs.keys()
     for modality in stage.modalities:
-        if modality not in model.specs:
+        if modality in new:
             model.add_modality(_spec(modality, modalities, stage), seeds.derive(seed, "connector", modality))
-    ctx = Context(model, stage, tuple(past), schedule, seed, progress)
+    ctx = Context(model, stage, tuple(past), schedule, seed, progress, new=new, plastic=plastic)
+    ctx.inquiries = tuple(inquiries)
     for method in methods:
         method.prepare(ctx)
     for phase in schedule.phases:
@@ -52,8 +56,8 @@ def learn(
             parts = method.trainable(ctx, parts)
             lr = method.rates(ctx, lr)
         ctx.parts = parts
-        if "llm" in parts and not model.adapter.is_open:
-            model.adapter = plastic.open(ctx)
+        if ctx.trains_llm:
+            ctx.open()
         log = fit(
             model,
             samples,
@@ -61,6 +65,8 @@ def learn(
             parts,
             seed=seeds.derive(seed, stage.name, phase.name),
             terms=[partial(method.loss, ctx) for method in methods],
+            wants=frozenset().union(*(method.wants for method in methods)),
+            extend=partial(_extend, methods, ctx),
             after_epoch=partial(_after_epoch, methods, ctx),
             progress=progress,
         )
@@ -70,7 +76,13 @@ def learn(
         method.consolidate(ctx)
     if model.adapter.is_open:
         model.adapter.fold()
-    return ctx.logs
+    return ctx
+
+
+def _extend(methods: Sequence[Method], ctx: Context, samples: list[Sample]) -> list[Sample]:
+    for method in methods:
+        samples = method.batch(ctx, samples)
+    return samples
 
 
 def _after_epoch(methods: Sequence[Method], ctx: Context) -> None:

@@ -12,43 +12,110 @@ Differs: nothing that the paper fixes. It leaves open, and we chose: effective w
 """
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from graftlm.core import seeds
 from graftlm.core.errors import ConfigError
 from graftlm.data.replay import mispair
 from graftlm.learning.method import Context, Method
 from graftlm.merging import RULES
+from graftlm.merging.spectral import decompose, spectrum
+from graftlm.model.parts import select
 
 __all__ = ["Merge", "Realign", "mera"]
 
 
 @dataclass
 class Merge(Method):
-    """Fold the stage into the LLM by a running average.
+    """Fold the stage into the LLM by a merging rule: a running average, or what else keeps part of an update.
 
     Attributes:
-        weight: share of the new weights, in [0, 1]; None is 1/i, so that the LLM stays the plain mean of what every
-            stage made of it.
+        rule: "average"; "model_mix", which is an average with alpha as weight; "sac", by the update's spectrum.
+        weight: of an average, the share of the new weights, in [0, 1]; None is 1/i, so that the LLM stays the plain mean
+            of what every stage made of it.
+        alpha: of the other rules, in [0, 1]; None is 0.2, LLaVA-c's.
+        window: of "sac", see `merging.spectral`.
+        connectors: also fold what the stage made of connectors that were there before it.
     """
 
     adapter = "stage"
+    folds = True
+    rule: Literal["average", "model_mix", "sac"] = "average"
     weight: float | None = None
+    alpha: float | None = None
+    window: Literal["mean", "eq6", "alg1"] = "mean"
+    connectors: bool = False
+    _before: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.weight is not None and not 0 <= self.weight <= 1:
-            raise ConfigError(
-                f"weight: {self.weight} is not a share; a number from 0 to 1, or nothing for 1/i, is expected."
-            )
+        for name, value in (("weight", self.weight), ("alpha", self.alpha)):
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(
+                    f"{name}: {value} is not a share; a number from 0 to 1, or nothing for the default, is expected."
+                )
+        if self.alpha is not None and self.rule == "average":
+            raise ConfigError("alpha: an average has a weight instead; set weight, or another rule.")
+        if self.weight is not None and self.rule != "average":
+            raise ConfigError(f"weight: rule '{self.rule}' has an alpha instead; set alpha.")
 
     def idle(self, number: int) -> bool:
-        """1/1 is the new weights themselves."""
-        return self.weight == 1 or (self.weight is None and number == 1)
+        """A share of 1 is the new weights themselves."""
+        return (self.weight == 1 or (self.weight is None and number == 1)) if self.rule == "average" else self.alpha == 1
+
+    def prepare(self, ctx: Context) -> None:
+        """Remember the connectors that may change."""
+        old = {f"connectors.{name}" for name in ctx.model.specs if name not in ctx.new} if self.connectors else set()
+        self._before = {name: p.detach().clone() for name, p in select(ctx.model, old).items()}
 
     def consolidate(self, ctx: Context) -> None:
-        """θ_i ← (1-w) θ_{i-1} + w θ_i."""
+        """θ_i ← rule(θ_{i-1}, θ_i): of the average (1-w) θ_{i-1} + w θ_i."""
+        if self.idle(ctx.number):
+            return
+        rule, settings = RULES.get(self.rule), self._settings(ctx.number)
         if ctx.model.adapter.is_open:
-            ctx.model.adapter.fold(RULES.get("average"), weight=1 / ctx.number if self.weight is None else self.weight)
+            if self.rule == "sac":
+                ctx.notes.setdefault("spectra", []).extend(spectra(ctx.model.adapter.factors(), settings))
+            ctx.model.adapter.fold(rule, **settings)
+        parameters = dict(ctx.model.named_parameters())
+        with torch.no_grad():
+            for name, before in self._before.items():
+                if not torch.equal(before, parameters[name]):
+                    parameters[name].copy_(rule(before, [parameters[name]], **settings))
+
+    def _settings(self, number: int) -> dict[str, Any]:
+        if self.rule == "average":
+            return {"weight": 1 / number if self.weight is None else self.weight}
+        alpha = 0.2 if self.alpha is None else self.alpha
+        return {"alpha": alpha} | ({"window": self.window} if self.rule == "sac" else {})
+
+
+def spectra(
+    factors: Mapping[str, tuple[Tensor, Tensor, float]], settings: Mapping[str, Any], count: int = 6
+) -> list[dict[str, Any]]:
+    """Singular values of a few updates, evenly chosen, before and after SAC, to be drawn."""
+    names = list(factors)
+    found = []
+    for name in names[:: max(1, len(names) // count)][:count]:
+        a, b, scale = factors[name]
+        sigma = decompose(a.detach().cpu(), b.detach().cpu(), scale).sigma
+        if not len(sigma):
+            continue
+        window, after = spectrum(sigma, settings["alpha"], settings["window"])
+        found.append(
+            {
+                "name": name,
+                "before": sigma.tolist(),
+                "after": after.tolist(),
+                "k": window,
+                "reached": float(after[0] / sigma[0]),
+            }
+        )
+    return found
 
 
 @dataclass

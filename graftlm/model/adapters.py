@@ -1,8 +1,9 @@
 """The life of a stage: the LLM is made plastic, trained, and folded.
 
-    open      θ_{i-1} is frozen under a fresh LoRA (or every weight may move, when tuning in full)
+    open      θ_{i-1} is frozen under a fresh LoRA (or every weight may move, when tuning in full); or the LoRA of the
+              stage before goes on
     previous  inside, the LLM is exactly θ_{i-1}: the teacher that distillation needs costs no second model
-    blend     θ ← θ_{i-1} + w (θ - θ_{i-1}), the stage stays open
+    blend     θ ← θ_{i-1} + w (θ - θ_{i-1}), of weights or of factors; the stage stays open
     fold      θ ← rule(before = θ_{i-1}, after = [θ]), the stage is closed
 
 Rules see effective weights, so that averaging A and B apart cannot be written. What a fold added goes to a ledger and
@@ -16,7 +17,7 @@ Differs: LoRA stages are kept as factors beside the base, never rounded into it.
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -47,6 +48,7 @@ class StageAdapter:
     Attributes:
         dtype: working dtype of the LLM.
         ledger: one entry per fold. To be read; `fold`, `restore` and `set_ledger` change it.
+        extension: kind of the modules that stand beside the LLM, which its weights do not hold; None of none.
 
     Raises:
         ConfigError: the LLM holds another dtype.
@@ -61,8 +63,10 @@ class StageAdapter:
         self._llm = llm
         self._lora = lora
         self.dtype = dtype
+        self.extension: str | None = None
         self._base = BaseWeights(base_folder)
         self._stage: LoraStage | FullStage | None = None
+        self._resumed: LedgerEntry | None = None
         self._in_previous = False
 
     @property
@@ -70,30 +74,56 @@ class StageAdapter:
         """Whether a stage is being learned."""
         return self._stage is not None
 
-    def open(self, seed: int) -> None:
+    def open(self, seed: int, *, resume: bool = False) -> None:
         """Make the LLM plastic. It still computes what it did.
 
         Args:
             seed: of the LoRA's A; the global random state is neither used nor moved.
+            resume: go on with the LoRA of the stage before, whose entry in the ledger the next fold replaces. Tuning in full
+                always goes on.
 
         Raises:
-            RunError: a stage is open.
+            RunError: a stage is open, or there is no LoRA of the same layers and rank to go on with.
             ConfigError: the LoRA's targets match no layer.
         """
         self._expect_closed("open")
-        self._stage = FullStage(self._llm) if self._lora is None else LoraStage(self._llm, self._lora, seed)
+        if self._lora is None:
+            self._stage = FullStage(self._llm)
+            self._base.keep(self._stage.changing())
+            return
+        if resume:
+            self._set_aside()
+        self._stage = LoraStage(self._llm, self._lora, seed)
         self._base.keep(self._stage.changing())
+        if self._resumed is not None and not self._stage.resume(self._resumed.tensors):
+            self.drop()
+            raise RunError(
+                f"open: the last entry of the ledger is no LoRA of rank {self._lora.rank} on the same layers; one is expected "
+                f"to go on with. An ingredient that keeps one LoRA for the whole run cannot follow a stage learned otherwise."
+            )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What training may move, by its name in the multimodal model ("llm. ..."); empty when no stage is open."""
         return {f"llm.{name}": p for name, p in self._stage.parameters().items()} if self._stage else {}
 
+    def changing(self) -> dict[str, nn.Parameter]:
+        """The LLM's own weights that the open stage changes, by their name in the LLM; empty when none is open."""
+        return dict(self._stage.changing()) if self._stage else {}
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """A (R, in), B (out, R) and the scale of every layer's LoRA, by the name of the weight in the LLM.
+
+        Empty when no stage is open, or every weight is tuned.
+        """
+        return self._stage.factors() if isinstance(self._stage, LoraStage) else {}
+
     @contextlib.contextmanager
     def previous(self) -> Iterator[None]:
         """Inside, the LLM is exactly θ_{i-1}; when no stage is open, it already is.
 
-        With LoRA the adapter is off, at no cost. Full tuning swaps weights, so the device holds both meanwhile, and no
-        gradient may be taken through what was computed inside.
+        With LoRA the adapter is off, at no cost; one that goes on from the stage before has that stage's factors meanwhile.
+        Full tuning swaps weights, so the device holds both meanwhile. When something is swapped, no gradient may be taken
+        through what was computed inside.
         """
         if self._stage is None or self._in_previous:
             yield
@@ -106,13 +136,28 @@ class StageAdapter:
             self._in_previous = False
 
     @torch.no_grad()
-    def blend(self, weight: float) -> None:
+    def blend(self, weight: float, *, on: Literal["delta", "factors"] = "delta") -> None:
         """θ ← θ_{i-1} + weight · (θ - θ_{i-1}); the stage stays open.
 
+        Args:
+            on: "delta" blends weights; "factors" blends A and B of a LoRA that goes on apart, towards what they were, which is
+                another model than the blend of weights. Tuning in full has no factors: both are the same.
+
         Raises:
-            RunError: no stage is open.
+            RunError: no stage is open, or its LoRA cannot be blended so.
         """
-        self._expect_open("blend").blend(weight, self._before)
+        stage = self._expect_open("blend")
+        if isinstance(stage, FullStage):
+            stage.blend(weight, self._before)
+        elif stage.goes_on != (on == "factors"):
+            raise RunError(
+                f"blend on {on}: the LoRA {'goes on from the stage before, and a blend of two updates has twice its rank' if stage.goes_on else 'is fresh, and has no earlier factors'}. "
+                f"Factors are blended of a LoRA that goes on, deltas of a fresh one."
+            )
+        elif stage.goes_on:
+            stage.blend_factors(weight)
+        else:
+            stage.blend(weight, self._before)
 
     @torch.no_grad()
     def fold(self, rule: Rule = keep_new, **settings: float) -> None:
@@ -126,8 +171,15 @@ class StageAdapter:
         Raises:
             RunError: no stage is open.
         """
-        entry = LedgerEntry(self._expect_open("fold").merged(rule, settings, self._before))
+        stage = self._expect_open("fold")
+        if self._resumed is not None and rule is not keep_new:
+            raise RunError(
+                f"fold: rule '{rule.name}', but the LoRA goes on from the stage before and is kept as it is. Leave the rule out, "
+                f"or open a fresh LoRA per stage."
+            )
+        entry = LedgerEntry(stage.merged(rule, settings, self._before))
         self._close()
+        self._resumed = None
         self.ledger.append(entry)
         self._write(entry.names())
 
@@ -137,6 +189,9 @@ class StageAdapter:
         if self._stage is not None:
             changed = sorted(self._stage.changing())
             self._close()
+            if self._resumed is not None:
+                self.ledger.append(self._resumed)
+                self._resumed = None
             self._write(changed)
 
     def restore(self, count: int) -> None:
@@ -187,9 +242,14 @@ class StageAdapter:
             dtype: each weight is rounded to it once, from float32; None is the working dtype. Tied weights come once.
 
         Raises:
-            RunError: a stage is open.
+            RunError: a stage is open, or modules stand beside the LLM.
         """
         self._expect_closed("dense_state")
+        if self.extension is not None:
+            raise RunError(
+                f"dense_state: the model has an extension '{self.extension}', which the LLM's weights do not hold; a model "
+                f"without one is expected. Save a checkpoint, or take it out first: model.extend(None)."
+            )
         for name, _ in self._llm.named_parameters():
             yield name, self._before(name).to("cpu", dtype or self.dtype)
 
@@ -231,8 +291,16 @@ class StageAdapter:
         if self._stage is not None:
             raise RunError(f"{verb}: a stage is open; none is expected. Call fold() or drop() first.")
 
+    def _set_aside(self) -> None:
+        """Take the last entry out of the LLM's weights, for a LoRA that goes on with it."""
+        if not self.ledger:
+            raise RunError("open: no stage to go on from, the ledger is empty. Open a fresh LoRA.")
+        self._resumed = self.ledger.pop()
+        with torch.no_grad():
+            self._write(self._resumed.names())
+
     def _before(self, name: str) -> Tensor:
-        """θ_{i-1} of one parameter, in float32 on its device; a fresh tensor."""
+        """θ_{i-1} of one parameter, in float32 on its device; a fresh tensor. Without a LoRA that goes on."""
         parameter = self._llm.get_parameter(name)
         if name in self._base:
             return effective(name, self._base, self.ledger, parameter.device)

@@ -65,7 +65,7 @@ def retained(mode: str) -> str | None:
 class SealedAdapter(StageAdapter):
     """Of an LLM that no stage may change: its weights are of several models at once."""
 
-    def open(self, seed: int) -> None:
+    def open(self, seed: int, *, resume: bool = False) -> None:
         """Refuse.
 
         Raises:

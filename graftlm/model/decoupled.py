@@ -13,7 +13,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -258,7 +258,7 @@ class DecoupledAdapter(StageAdapter):
         """Until it is folded or dropped, when the model gets another adapter."""
         return True
 
-    def open(self, seed: int) -> None:
+    def open(self, seed: int, *, resume: bool = False) -> None:
         """Refuse: it is open.
 
         Raises:
@@ -276,8 +276,8 @@ class DecoupledAdapter(StageAdapter):
         with self._decoupling.previous():
             yield
 
-    def blend(self, weight: float) -> None:
-        """See `StageAdapter.blend`; learned positions stay."""
+    def blend(self, weight: float, *, on: Literal["delta", "factors"] = "delta") -> None:
+        """See `StageAdapter.blend`: of deltas, as A stays; learned positions stay."""
         self._decoupling.blend(weight)
 
     def fold(self, rule: Rule = keep_new, **settings: float) -> None:

@@ -62,12 +62,36 @@ class LoraStage:
                 ) from error
         llm.train(llm.training)  # new layers start in training mode, where dropout acts
         self._layers = {f"{n}.weight": m for n, m in llm.named_modules() if isinstance(m, LoraLayer)}
+        self._opened: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
             a, b = _factors(layer)
             drawn = torch.empty(a.shape)
             generator = torch.Generator().manual_seed(seeds.derive(seed, "lora", name))
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             a.data, b.data = drawn.to(a.device), torch.zeros(b.shape, device=b.device)
+
+    @torch.no_grad()
+    def resume(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Go on with the LoRA of a ledger entry; False, and nothing happens, if it is of other layers or another rank."""
+        wanted: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            a, b = _factors(layer)
+            scale = tensors.get(f"{name}.scale")
+            for side, factor in (("A", a), ("B", b)):
+                found = tensors.get(f"{name}.{side}")
+                if found is None or found.shape != factor.shape or scale is None:
+                    return False
+                # the entry's scale is another where a rule scaled it: that goes into B
+                wanted[f"{name}.{side}"] = found if side == "A" else found * (scale.item() / layer.scaling[NAME])
+        for name, layer in self._layers.items():
+            for side, factor in zip("AB", _factors(layer), strict=True):
+                factor.copy_(wanted[f"{name}.{side}"])
+        self._opened = {name: factor.detach().clone() for name, factor in self.parameters().items()}
+        return True
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """A, B and scale by the name of the weight."""
+        return {name: (*_factors(layer), float(layer.scaling[NAME])) for name, layer in self._layers.items()}
 
     def changing(self) -> dict[str, nn.Parameter]:
         """The LLM's own parameters that a fold of this stage will change."""
@@ -83,7 +107,11 @@ class LoraStage:
 
     @contextlib.contextmanager
     def previous(self, before: Before) -> Iterator[None]:
-        """The adapter is off; its factors train again afterwards if they did."""
+        """The adapter is off, or as the stage before left it; its factors train again afterwards if they did."""
+        if self._opened:
+            with self._swapped():
+                yield
+            return
         trains = {name: factor.requires_grad for name, factor in self.parameters().items()}
         for layer in self._layers.values():
             layer.enable_adapters(False)
@@ -94,6 +122,27 @@ class LoraStage:
                 layer.enable_adapters(True)
             for name, factor in self.parameters().items():
                 factor.requires_grad_(trains[name])
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        trained = {name: factor.data for name, factor in self.parameters().items()}
+        try:
+            for name, factor in self.parameters().items():
+                factor.data = self._opened[name]
+            yield
+        finally:
+            for name, factor in self.parameters().items():
+                factor.data = trained[name]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether this is the LoRA of the stage before."""
+        return bool(self._opened)
+
+    def blend_factors(self, weight: float) -> None:
+        """A and B go apart towards what they were; in place, so that the optimiser keeps its moments."""
+        for name, factor in self.parameters().items():
+            factor.copy_(torch.lerp(self._opened[name], factor, weight))
 
     def blend(self, weight: float, before: Before) -> None:
         """B is scaled in place."""

@@ -1,5 +1,6 @@
 """O-LoRA, EWF, selective and joint training, SAC in a stage, and the LoRA that lives through a run."""
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,13 +12,21 @@ from torch import Tensor
 from graftlm.core.errors import ConfigError, MethodConflict, RunError
 from graftlm.data.types import Stream
 from graftlm.learning.method import at_stage, check_adapters, check_per_stage
+from graftlm.learning.phase import SCHEDULES, Schedule
+from graftlm.learning.stage import learn
 from graftlm.merging.rules import average
 from graftlm.methods.ewf import EWF
 from graftlm.methods.finetune import FineTune
 from graftlm.methods.mera import Merge, Realign
 from graftlm.methods.olora import OLoRA, overlap
 from graftlm.methods.select import Select
+from graftlm.model.ledger import LedgerEntry
 from graftlm.model.multimodal import MultimodalLM
+
+QUICK = Schedule(
+    tuple(dataclasses.replace(phase, epochs=1) for phase in SCHEDULES["miniworld"].phases),
+    SCHEDULES["miniworld"].realign,
+)
 
 Grow = Callable[..., MultimodalLM]
 Weights = Callable[[MultimodalLM], dict[str, Tensor]]
@@ -44,9 +53,7 @@ def test_overlap(old: list[list[float]], new: list[list[float]], norm: str, expe
 
 def test_the_length_of_the_new_factors() -> None:
     factors = {"w": (torch.tensor([[1.0, 1, 1]]), torch.zeros(2, 1), 1.0)}
-    ctx: Any = SimpleNamespace(
-        trains_llm=True, model=SimpleNamespace(adapter=SimpleNamespace(factors=lambda: factors))
-    )
+    ctx: Any = SimpleNamespace(trains_llm=True, model=SimpleNamespace(adapter=SimpleNamespace(factors=lambda: factors)))
     assert OLoRA(l2=1.0).loss(ctx, cast(Any, None), cast(Any, None))["length"].item() == pytest.approx(1.732051)
 
 
@@ -65,7 +72,7 @@ def test_olora_makes_stages_more_orthogonal(grow: Grow) -> None:
 def test_olora_needs_the_factors_of_earlier_stages(grow: Grow, stream: Stream) -> None:
     model = grow([], 1)
     dense = {f"{name}.delta": torch.zeros(1) for name in model.adapter.ledger[0].names()}
-    model.adapter.ledger[0] = type(model.adapter.ledger[0])(dense)
+    model.adapter.ledger[0] = LedgerEntry(dense)
     ctx: Any = SimpleNamespace(model=model, past=stream.stages[:1])
     with pytest.raises(RunError, match="no factors of"):
         OLoRA().prepare(ctx)
@@ -93,30 +100,19 @@ def test_model_mix_is_an_average_and_sac_notes_its_spectra(grow: Grow, weights: 
     assert not same(weights(grow([Merge("sac", alpha=0.3)], 1)), mixed)
 
 
-def test_sac_folds_old_connectors_too(grow: Grow, weights: Weights, stream: Stream, spec: Any, features: Any) -> None:
-    import dataclasses
-
-    from graftlm.learning.phase import SCHEDULES, Schedule
-    from graftlm.learning.stage import learn
-
-    name = "connectors.image.norm.weight"
+def test_sac_folds_old_connectors_too(weights: Weights, stream: Stream, spec: Any, features: Any) -> None:
+    known = {each.name: each for each in spec.modalities}
     found = {}
     for connectors in (False, True):
         model = MultimodalLM.build(spec, features=features)
-        quick = Schedule(
-            tuple(dataclasses.replace(phase, epochs=1) for phase in SCHEDULES["miniworld"].phases),
-            SCHEDULES["miniworld"].realign,
-        )
-        for index, methods in enumerate(([], [Merge("sac", alpha=0.0, connectors=connectors)])):
-            known = {each.name: each for each in spec.modalities}
-            ctx = learn(model, stream.stages[0], stream.stages[:index], methods, quick, modalities=known, seed=index)
-            if index == 0:
-                before = weights(model)
-        found[connectors] = {n: w for n, w in weights(model).items() if n.startswith("connectors")}
+        learn(model, stream.stages[0], [], [], QUICK, modalities=known)
+        before = weights(model)
+        folding = Merge("sac", alpha=0.0, connectors=connectors)
+        ctx = learn(model, stream.stages[0], stream.stages[:1], [folding], QUICK, modalities=known, seed=1)
         assert ctx.notes["spectra"][0]["k"] >= 1
-        assert ctx.new == frozenset()
-    vector = next(n for n, w in found[True].items() if w.dim() == 1)
-    assert torch.equal(found[True][vector], before[vector]), name  # of a vector alpha 0 keeps nothing
+        found[connectors] = weights(model)
+    vector = next(n for n, w in before.items() if n.startswith("connectors") and w.dim() == 1)
+    assert torch.equal(found[True][vector], before[vector])  # of a vector, alpha 0 keeps nothing
     assert not torch.equal(found[False][vector], before[vector])
 
 
@@ -171,10 +167,6 @@ def perturbed(model: MultimodalLM) -> None:
             factor.add_(0.01)
 
 
-def name_of(model: MultimodalLM) -> str:
-    return model.adapter.ledger[-1].names()[0]
-
-
 def test_it_goes_on_where_it_was_and_previous_is_the_stage_before(grow: Grow, stream: Stream) -> None:
     model = grow([], 1)
     batch = model.batch(stream.stages[0].samples()[:2])
@@ -199,7 +191,7 @@ def test_factors_blend_apart(grow: Grow) -> None:
     for name, (a, b, _) in model.adapter.factors().items():
         torch.testing.assert_close(a, old[name][0] + 0.0025)
         torch.testing.assert_close(b, old[name][1] + 0.0025)
-    with pytest.raises(RunError, match="twice the rank|twice its rank|two updates has twice"):
+    with pytest.raises(RunError, match="two updates has twice its rank"):
         model.adapter.blend(0.5)
 
 
@@ -217,5 +209,9 @@ def test_what_cannot_go_on_says_so(grow: Grow, spec: Any) -> None:
     with pytest.raises(RunError, match="the LoRA goes on from the stage before and is kept as it is"):
         model.adapter.fold(average, weight=0.5)
     model.adapter.drop()
-    dense = type(model.adapter.ledger[0])({f"{name_of(model)}.delta": torch.zeros(1)})
-    model.adapter.ledger.append(dense)
+    dense = {f"{name}.delta": torch.zeros(1) for name in model.adapter.ledger[-1].names()}
+    model.adapter.ledger.append(LedgerEntry(dense))
+    entries = len(model.adapter.ledger)
+    with pytest.raises(RunError, match="no LoRA of rank 32 on the same layers"):
+        model.adapter.open(3, resume=True)
+    assert len(model.adapter.ledger) == entries

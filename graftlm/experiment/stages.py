@@ -116,6 +116,7 @@ class StageStore:
         if stage is not None:
             return checkpoint.load(stage.checkpoint, model=self._model)
         self._model.adapter.drop()
+        self._model.extend(None)
         self._model.compose(None)
         self._model.remove_modalities()
         self._model.adapter.set_ledger([])

@@ -191,6 +191,11 @@ class StoredModel:
                 f"{folder}: is composed of models that stay apart; an ordinary checkpoint is expected. Write one original "
                 f"first: `graftlm restore {folder} --route NAME --out FOLDER`."
             )
+        if self.manifest.get("extension"):
+            raise CheckpointError(
+                f"{folder}: has an extension '{self.manifest['extension']['kind']}', modules beside the LLM that its weights do "
+                f"not hold; a checkpoint whose stages were folded into the LLM is expected."
+            )
         check_files(folder, self.manifest["files"], hashes=True)
         self.llm = folder / INSIDE if is_inside(self.manifest) else base_folder(str(self.manifest["llm"]["source"]))
         self.dtype = str(self.manifest["model"]["dtype"])

@@ -511,6 +511,9 @@ def _grown(base: Weights, where: str, model: Grown) -> list[Finding]:
     if manifest.get("routing"):
         do = "Name the models that it was composed of, or take one out first: graftlm restore."
         return [*found, _error(where, "is itself composed of several models", do)]
+    if kind := (manifest.get("extension") or {}).get("kind"):
+        what = f"has an extension '{kind}', modules beside the LLM that no merged weight could hold"
+        return [*found, _error(where, what, "Name checkpoints whose stages were folded into the LLM.")]
     if model.llm is not None:
         return [*found, *_weights(base, where, headers.read_weights(model.llm))]
     from graftlm.model.manifest import hash_llm  # imports torch
@@ -580,4 +583,14 @@ def _modalities(models: Mapping[str, Grown]) -> list[Finding]:
                 what = f"modality '{modality}' is also of '{other}', with another encoder or connector"
                 do = "A composed model has one of each: leave one of the two out, or train the later on the earlier's."
                 found.append(_error(where, what, do))
+    kinds = {
+        name: {spec["name"]: spec["connector"]["kind"] for spec in model.manifest["modalities"]}
+        for name, model in models.items()
+    }
+    shared = {owner for modality, (owner, _) in seen.items() if kinds[owner][modality] == "shared"}
+    for name in list(models):
+        if name in shared and len(shared) > 1:
+            what = "has connectors that share a module, which another model has too, with other weights"
+            do = "A composed model has one of each: compose models of which at most one has connectors of kind shared."
+            found.append(_error(f"{name} ({models[name].folder})", what, do))
     return found

@@ -124,6 +124,11 @@ def open_inputs(recipe: Recipe, out: Path | None = None, *, least: int = 2) -> I
                 f"{name} ({model.folder}): is composed of models that stay apart; originals are expected. Write them out "
                 f"first: `graftlm restore {model.folder} --route NAME --out FOLDER`."
             )
+        if isinstance(model, Grown) and model.manifest.get("extension"):
+            raise MergeError(
+                f"{name} ({model.folder}): has an extension '{model.manifest['extension']['kind']}', modules beside the LLM "
+                f"that no merged weight could hold; checkpoints whose stages were folded into the LLM are expected."
+            )
     grown = [isinstance(model, Grown) for model in models.values()]
     if any(grown) and not all(grown):
         raise MergeError(

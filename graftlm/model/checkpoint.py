@@ -6,6 +6,7 @@
     encoders.<modality>.safetensors     only of an encoder with random weights, which no other file holds
     llm/                                only of a composed or restored model: a whole LLM in the layout of Hugging Face
     routing/<nnnnn>.safetensors         only of a composed model: what each original adds; see `model.composed`
+    extension.safetensors               only where a method left modules in the model; see `model.extension`
 
 Else the base LLM and the encoders are not copied: they are named, with a hash, and must be there when loading. A stage of
 rank 128 on an LLM of 8 billion weights takes 1.3 GB instead of 16.
@@ -22,19 +23,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from graftlm.core.errors import CheckpointError, GraftError
+from graftlm.core.errors import CheckpointError, ConfigError, GraftError
 from graftlm.core.files import atomic_folder, hash_file, link_or_copy, write_json
 from graftlm.model.composed import BaseFiles, RoutingFiles
 from graftlm.model.composition import BUDGET, EXPAND, Composition, check_mode, retained
 from graftlm.model.decoupled import HeldRouting
+from graftlm.model.extension import KINDS, Extension
 from graftlm.model.features import FeatureCache
 from graftlm.model.ledger import LedgerEntry
 from graftlm.model.manifest import (
+    EXTENDED,
+    EXTENSION,
     FORMAT,
     INSIDE,
     MANIFEST,
+    ExtensionSpec,
     check_files,
     describe_files,
+    extension_of,
     hash_llm,
     is_inside,
     part_files,
@@ -75,7 +81,9 @@ def save(
         )
     with atomic_folder(folder) as temporary:
         for file, part in _parts(model).items():
-            save_file({k: x.detach().cpu().contiguous() for k, x in part.state_dict().items()}, temporary / file)
+            save_file(_tensors(part), temporary / file)
+        if model.extension is not None:
+            save_file(_tensors(model.extension), temporary / EXTENSION)
         earlier = _files_by_hash(parent)
         for index, entry in enumerate(model.adapter.ledger):
             _write_entry(entry, temporary / _ledger_file(index), earlier)
@@ -101,8 +109,8 @@ def load(
     """Read a model. Everything is read and checked before a given model is touched, but what needs its encoders.
 
     Args:
-        model: of the same base; becomes the saved one, in place: modalities beyond it are removed, an open stage is
-            dropped. If an encoder or a connector turns out to be another, the bare LLM is left. None builds a new one.
+        model: of the same base; becomes the saved one, in place: modalities and an extension beyond it are removed, an open
+            stage is dropped. If an encoder or a connector turns out to be another, the bare LLM is left. None builds a new one.
         device, features: of a new model.
         verify: compare the hash of every file; without it only existence, size and form are checked.
         mode: of a composed checkpoint: "expand" (the default) computes every position with its own modality's weights;
@@ -115,13 +123,15 @@ def load(
             such mode.
     """
     manifest = read_manifest(folder)
-    routing = routing_of(folder, manifest)
+    routing, extension = routing_of(folder, manifest), extension_of(folder, manifest)
+    kind = None if extension is None else _kind(folder, extension)
     mode = check_mode(routing, mode, folder)
     check_files(folder, manifest["files"], hashes=verify)
     modalities = [ModalitySpec.from_dict(values) for values in manifest["modalities"]]
     if routing is not None and mode is not None and (own := retained(mode)) is not None:
         modalities = routing.own(own, modalities)
-    weights = {file: _read(folder / file) for file in [*part_files(modalities).values(), *manifest["ledger"]]}
+    files = [*part_files(modalities).values(), *manifest["ledger"], *([] if extension is None else [extension.file])]
+    weights = {file: _read(folder / file) for file in files}
     entries = [LedgerEntry(weights[file], manifest["files"][file]["sha256"]) for file in manifest["ledger"]]
     if model is None:
         inside = folder / INSIDE if is_inside(manifest) else None
@@ -132,6 +142,7 @@ def load(
     if routing is not None and model.folder is not None:
         composition = Composition(model.llm, RoutingFiles(folder, routing), BaseFiles(model.folder))
     model.adapter.drop()
+    model.extend(None)
     model.compose(None)
     try:
         _set_modalities(model, modalities)
@@ -139,11 +150,16 @@ def load(
             _load_part(folder / file, weights[file], part)
         _check_encoders(folder, manifest["encoders"], model)
         model.adapter.set_ledger(entries)
+        if extension is not None and kind is not None:
+            built = _build_extension(folder, extension, kind, model)
+            _load_part(folder / extension.file, weights[extension.file], built)
+            model.extend(built)
         if composition is not None:
             model.compose(composition)
             composition.enter(mode or EXPAND, list(model.specs), way, budget)
     except GraftError:
         model.remove_modalities()
+        model.extend(None)
         model.compose(None)
         model.adapter.set_ledger([])
         raise
@@ -156,6 +172,10 @@ def load(
 def _parts(model: MultimodalLM) -> dict[str, nn.Module]:
     """File -> the module that it holds."""
     return {file: model.get_submodule(part) for part, file in part_files(list(model.specs.values())).items()}
+
+
+def _tensors(module: nn.Module) -> Weights:
+    return {key: x.detach().cpu().contiguous() for key, x in module.state_dict().items()}
 
 
 def _ledger_file(index: int) -> str:
@@ -180,15 +200,17 @@ def _describe(model: MultimodalLM, llm: Path, folder: Path, history: Sequence[Ma
     # a folder that happens to be called as the one inside a checkpoint
     other = model.spec.llm == INSIDE and not _holds_llm(model)
     spec = dataclasses.replace(model.spec, llm=f"./{INSIDE}") if other else model.spec
-    routing = {} if model.composition is None else {"routing": model.composition.spec.to_dict()}
+    more: dict[str, Any] = {} if model.composition is None else {"routing": model.composition.spec.to_dict()}
+    if model.extension is not None:
+        more["extension"] = ExtensionSpec(model.extension.kind, model.extension.settings()).to_dict()
     return {
-        "format": FORMAT,
+        "format": FORMAT if model.extension is None else EXTENDED,
         "model": spec.to_dict(),
         "llm": {"source": spec.llm, "sha256": hash_llm(llm)},
         "modalities": [spec.to_dict() for spec in model.specs.values()],
         "encoders": {name: model.encoder(name).fingerprint() for name in model.specs},
         "ledger": [_ledger_file(index) for index in range(len(model.adapter.ledger))],
-        **routing,
+        **more,
         "history": list(history),
         "files": describe_files(folder),
     }
@@ -229,6 +251,24 @@ def _model_spec(folder: Path, manifest: Mapping[str, Any]) -> ModelSpec:
         return ModelSpec.from_dict(manifest["model"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: 'model' is incomplete ({error}). Use another copy.") from None
+
+
+def _kind(folder: Path, spec: ExtensionSpec) -> type[Extension]:
+    try:
+        found: type[Extension] = KINDS.get(spec.kind)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error} Use the version that wrote it.") from None
+    return found
+
+
+def _build_extension(folder: Path, spec: ExtensionSpec, kind: type[Extension], model: MultimodalLM) -> Extension:
+    try:
+        return kind.build(model, spec.settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: the settings of extension '{spec.kind}' are incomplete ({type(error).__name__}: {error}). "
+            f"Use another copy."
+        ) from None
 
 
 def _check_base(folder: Path, expected: Mapping[str, Any], model: MultimodalLM) -> None:

@@ -1,5 +1,15 @@
-"""Connectors: encoder tokens (N, L, E) become LLM tokens (N, L', D)."""
+"""Connectors: encoder tokens (N, L, E) become LLM tokens (N, L', D).
 
+``connectors.<modality>`` is whatever aligns a modality with the LLM, so that methods need not know how a model is made:
+
+    between encoder and LLM      linear, mlp, qformer
+    a model without connectors   encoder-tail    the encoder's own last layers
+    one connector for all        shared          the encoder's last layers, then a module common to all modalities
+    a model without encoders     linear or mlp behind the encoder ``patches``
+"""
+
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +18,20 @@ from torch.nn import functional as F
 
 from graftlm.core.errors import ConfigError
 from graftlm.core.registry import Registry
-from graftlm.model.specs import ConnectorSpec
+from graftlm.model.encoders.base import Encoder, build_encoder
+from graftlm.model.specs import ConnectorSpec, ModalitySpec
 
-__all__ = ["CONNECTORS", "Connector", "Linear", "Mlp", "QFormer", "build_connector"]
+__all__ = [
+    "CONNECTORS",
+    "Connector",
+    "EncoderTail",
+    "Linear",
+    "Mlp",
+    "QFormer",
+    "Shared",
+    "build_connector",
+    "build_trunk",
+]
 
 CONNECTORS = Registry(
     "connector",
@@ -18,6 +39,8 @@ CONNECTORS = Registry(
         "linear": "graftlm.model.connectors:Linear",
         "mlp": "graftlm.model.connectors:Mlp",
         "qformer": "graftlm.model.connectors:QFormer",
+        "encoder-tail": "graftlm.model.connectors:EncoderTail",
+        "shared": "graftlm.model.connectors:Shared",
     },
     "graftlm.connectors",
 )
@@ -27,6 +50,11 @@ class Connector(nn.Module):
     """Base of connectors; ``tokens`` is L', what one item becomes."""
 
     tokens: int
+
+    @classmethod
+    def behind(cls, encoder: Encoder, llm_width: int, beside: Iterable[nn.Module], **settings: Any) -> "Connector":
+        """Of this kind, for what the encoder gives; see `build_connector`."""
+        return cls(encoder.width, encoder.tokens, llm_width, **settings)
 
 
 class Pool(nn.Module):
@@ -146,15 +174,141 @@ class QFormerLayer(nn.Module):
         return out
 
 
-def build_connector(spec: ConnectorSpec, encoder_width: int, encoder_tokens: int, llm_width: int) -> Connector:
-    """The connector of a spec, with random weights from torch's current seed.
+class Tail(Connector):
+    """Base of connectors that begin with the encoder's last layers, which leave the encoder and keep their weights.
+
+    They stay in evaluation mode: statistics of normalisation are those of the encoder, and only weights are trained.
+
+    Args:
+        encoder: loses the layers, see `Encoder.split`.
+    """
+
+    def __init__(self, encoder: Encoder, layers: int) -> None:
+        super().__init__()
+        self.tokens = encoder.tokens
+        self.tail = _take(encoder, layers)
+
+    def train(self, mode: bool = True) -> "Tail":
+        """Never."""
+        return super().train(False)
+
+
+class EncoderTail(Tail):
+    """The last layers of the encoder itself: a model without connectors.
+
+    Paper:   Zhang et al., Merge then Realign, EMNLP 2025, arXiv:2503.07663, App. A.3.
+    Differs: statistics of batch normalisation inside these layers do not move.
 
     Raises:
-        ConfigError: no such kind, or a setting that it does not have.
+        ConfigError: the encoder ends in another width than the LLM's.
     """
-    settings: dict[str, Any] = dict(spec.settings)
+
+    def __init__(self, encoder: Encoder, llm_width: int, *, layers: int = 1) -> None:
+        if encoder.width != llm_width:
+            raise ConfigError(
+                f"connector encoder-tail: the encoder ends in width {encoder.width}, but the LLM embeds in {llm_width}; one "
+                f"width is expected, because nothing stands between them. Use shared, linear or mlp."
+            )
+        super().__init__(encoder, layers)
+        self.train(False)
+
+    @classmethod
+    def behind(cls, encoder: Encoder, llm_width: int, beside: Iterable[nn.Module], **settings: Any) -> "Connector":
+        """Takes the encoder itself."""
+        return cls(encoder, llm_width, **settings)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, L, E) of the shortened encoder -> (N, L', D)."""
+        out: Tensor = self.tail(tokens)
+        return out
+
+
+class Shared(Tail):
+    """The encoder's last layers, then one `Mlp` for all modalities: a model with a single connector.
+
+    The `Mlp` belongs to the first modality with such a connector, is saved with it as ``connectors.<first>.shared``, and
+    moves when that one's connector does: at its own stage, while it is replayed, and when all connectors are realigned. Later
+    modalities train their own layers in front of it.
+
+    Paper:   Zhang et al., Merge then Realign, EMNLP 2025, arXiv:2503.07663, App. A.3, which treats such a model like one
+        without connectors.
+    Differs: the paper does not say when the common module is trained; it belongs to the first modality here. Statistics of
+        batch normalisation inside the encoder's layers do not move.
+
+    Args:
+        owner: the first connector of this kind; None is this one.
+
+    Raises:
+        ConfigError: the encoder ends in another width than that of the first modality.
+    """
+
+    width: int
+
+    def __init__(self, encoder: Encoder, llm_width: int, owner: "Shared | None", *, layers: int = 1) -> None:
+        width = encoder.width
+        if owner is not None and owner.width != width:
+            raise ConfigError(
+                f"connector shared: the encoder ends in width {width}, but the module that all modalities share was made for "
+                f"{owner.width}; encoders of one width are expected. Use another kind of connector for this modality."
+            )
+        super().__init__(encoder, layers)
+        self.width = width
+        if owner is None:
+            self.shared = Mlp(width, self.tokens, llm_width)
+        # in a tuple: a part of the owner alone, so that it is trained, counted and saved once
+        self._common = (self.shared if owner is None else owner.shared,)
+        self.train(False)
+
+    @classmethod
+    def behind(cls, encoder: Encoder, llm_width: int, beside: Iterable[nn.Module], **settings: Any) -> "Connector":
+        """Looks for the owner beside it."""
+        return cls(encoder, llm_width, next((each for each in beside if isinstance(each, cls)), None), **settings)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, L, E) of the shortened encoder -> (N, L', D)."""
+        out: Tensor = self._common[0](self.tail(tokens))
+        return out
+
+
+def build_connector(
+    spec: ConnectorSpec, encoder: Encoder, llm_width: int, beside: Iterable[nn.Module] = ()
+) -> Connector:
+    """The connector of a spec, with random weights from torch's current seed, or those that it takes from the encoder.
+
+    Args:
+        encoder: what it stands behind; some kinds take its last layers.
+        beside: connectors that the model has already, in order.
+
+    Raises:
+        ConfigError: no such kind, or a setting that it does not have or that does not fit.
+    """
+    kind = CONNECTORS.get(spec.kind)
+    if isinstance(kind, type) and issubclass(kind, Connector):
+        make = partial(kind.behind, encoder, llm_width, beside)
+    else:  # a function
+        make = partial(kind, encoder.width, encoder.tokens, llm_width)
     try:
-        connector: Connector = CONNECTORS.get(spec.kind)(encoder_width, encoder_tokens, llm_width, **settings)
+        connector: Connector = make(**spec.settings)
     except TypeError as error:
         raise ConfigError(f"connector {spec.kind}: {error}. Correct model.modalities.*.connector.") from None
     return connector
+
+
+def build_trunk(spec: ModalitySpec) -> Encoder:
+    """The encoder as it stands in a model: without the layers that the connector of the spec takes.
+
+    Raises:
+        ConfigError, CheckpointError: see `build_encoder`.
+    """
+    encoder, kind = build_encoder(spec.encoder), CONNECTORS.get(spec.connector.kind)
+    if isinstance(kind, type) and issubclass(kind, Tail):
+        _take(encoder, spec.connector.settings.get("layers", 1))
+    return encoder
+
+
+def _take(encoder: Encoder, layers: int) -> nn.Module:
+    """The last layers, out of the encoder."""
+    tail = encoder.split(layers)
+    encoder.cut = layers
+    encoder.train(False)
+    return tail

@@ -15,14 +15,18 @@ from graftlm.data.types import TEXT, Modality
 from graftlm.model.specs import ModalitySpec
 
 __all__ = [
+    "EXTENDED",
+    "EXTENSION",
     "FORMAT",
     "INSIDE",
     "KINDS",
     "MANIFEST",
+    "ExtensionSpec",
     "RouteSpec",
     "RoutingSpec",
     "check_files",
     "describe_files",
+    "extension_of",
     "hash_llm",
     "is_inside",
     "part_files",
@@ -32,7 +36,13 @@ __all__ = [
 ]
 
 FORMAT = 2
-"""Number of the folder's layout; folders of a higher number are refused. 1: no LLM inside, no routing."""
+"""Number of the folder's layout; folders of a higher number than `EXTENDED` are refused. 1: no LLM inside, no routing."""
+
+EXTENDED = 3
+"""Number of the layout with an extension, which readers of `FORMAT` do not know and would leave out."""
+
+EXTENSION = "extension.safetensors"
+"""File of an extension's tensors."""
 
 MANIFEST = "manifest.json"
 
@@ -108,8 +118,21 @@ class RoutingSpec:
         return next((i for i, route in enumerate(self.routes) if route.modality == modality), None)
 
 
+@dataclass(frozen=True)
+class ExtensionSpec:
+    """What a method left in the model; see `model.extension`."""
+
+    kind: str
+    settings: Mapping[str, Any]
+    file: str = EXTENSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself: format, model, llm, modalities, encoders, ledger, routing, history, files.
+    """What a checkpoint says about itself: format, model, llm, modalities, encoders, ledger, routing, extension, history, files.
 
     Raises:
         CheckpointError: there is none, it is not JSON, of an unknown format, incomplete, or names a file outside.
@@ -122,9 +145,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}). The file was damaged; use another copy.") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found not in range(1, FORMAT + 1) or isinstance(found, bool):
+    if found not in range(1, EXTENDED + 1) or isinstance(found, bool):
         raise CheckpointError(
-            f"{path}: format {found!r}; this version reads 1 to {FORMAT}. Use the version that wrote it."
+            f"{path}: format {found!r}; this version reads 1 to {EXTENDED}. Use the version that wrote it."
         )
     for key, kind in KEYS.items():
         if not isinstance(manifest.get(key), kind):
@@ -134,7 +157,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: routes and a ledger; a composed LLM has no stages. The file was changed; use another copy."
         )
+    if extension_of(folder, manifest) is not None and manifest.get("routing") is not None:
+        raise CheckpointError(
+            f"{path}: routes and an extension; a composed LLM has none. The file was changed; use another copy."
+        )
     return dict(manifest)
+
+
+def extension_of(folder: Path, manifest: Mapping[str, Any]) -> ExtensionSpec | None:
+    """The extension that a checkpoint holds; None of most.
+
+    Raises:
+        CheckpointError: it is incomplete, or names a file that is not there.
+    """
+    values, path = manifest.get("extension"), folder / MANIFEST
+    if (values is not None) != (manifest["format"] == EXTENDED):
+        raise CheckpointError(
+            f"{path}: format {manifest['format']} {'without' if values is None else 'with'} an extension; folders of format "
+            f"{EXTENDED} have one, and no others. The file was changed; use another copy."
+        )
+    if values is None:
+        return None
+    try:
+        spec = ExtensionSpec(str(values["kind"]), dict(values["settings"]), str(values["file"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: 'extension' is incomplete ({type(error).__name__}: {error}); kind, settings and file are expected. Use "
+            f"another copy."
+        ) from None
+    if spec.file not in manifest["files"]:
+        raise CheckpointError(f"{path}: '{spec.file}' is not among its files. The file was changed; use another copy.")
+    return spec
 
 
 def routing_of(folder: Path, manifest: Mapping[str, Any]) -> RoutingSpec | None:

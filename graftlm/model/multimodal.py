@@ -1,7 +1,7 @@
 """A multimodal LLM: encode, connect, fuse, and let the LLM speak.
 
-Three named parts, ``encoders.<modality>``, ``connectors.<modality>`` and ``llm``; a part is a prefix of parameter
-names. No modality is special: each is one `ModalitySpec`.
+Three named parts, ``encoders.<modality>``, ``connectors.<modality>`` and ``llm``, and a fourth, ``extension``, where a method
+left modules in the model; a part is a prefix of parameter names. No modality is special: each is one `ModalitySpec`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftlm.core.errors import CheckpointError, ConfigError, DataError
+from graftlm.core.errors import CheckpointError, ConfigError, DataError, RunError
 from graftlm.core.files import hash_file, hash_json
 from graftlm.data.collate import collate
 from graftlm.data.types import IGNORE, TEXT, Batch, Media, Modality, Output, Sample
@@ -23,6 +23,7 @@ from graftlm.model.base import DTYPES, base_folder, read_llm, read_tokenizer
 from graftlm.model.composition import Composition, SealedAdapter
 from graftlm.model.connectors import Connector, build_connector
 from graftlm.model.encoders.base import Encoder, build_encoder
+from graftlm.model.extension import Extension
 from graftlm.model.features import FeatureCache
 from graftlm.model.fusion import Fused, fuse
 from graftlm.model.generate import decode, forget_habits
@@ -45,6 +46,7 @@ class MultimodalLM(nn.Module):
         adapter: the life of a stage of the LLM: open, previous, blend, fold.
         features: cache of encoder outputs; None encodes in every forward pass.
         composition: what routes or restores the weights of a composed LLM; None of an ordinary one.
+        extension: modules that a method left in the model; None of an ordinary one.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class MultimodalLM(nn.Module):
         self.specs: dict[Modality, ModalitySpec] = {}
         self.adapter = StageAdapter(llm, spec.lora, folder, llm.dtype)
         self.composition: Composition | None = None
+        self.extension: Extension | None = None
         self._trims_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
         forget_habits(llm)
 
@@ -128,14 +131,45 @@ class MultimodalLM(nn.Module):
         checkpoint.load(self.composition.files.folder, model=self, mode=mode, way=self.composition.asked, verify=False)
 
     def compose(self, composition: Composition | None) -> None:
-        """Take the weights of a composition for one's own, or with None those of the base again."""
+        """Take the weights of a composition for one's own, or with None those of the base again.
+
+        Raises:
+            RunError: the model has an extension, which is of one LLM.
+        """
         if self.composition is composition:
             return
+        if self.extension is not None:
+            raise RunError(
+                f"compose: the model has an extension '{self.extension.kind}', which was learned beside one LLM; a model "
+                f"without one is expected. Call model.extend(None) first."
+            )
         if self.composition is not None:
             self.composition.remove()
         self.composition = composition
         kind = StageAdapter if composition is None else SealedAdapter
         self.adapter = kind(self.llm, self.spec.lora, self.folder, self.adapter.dtype)
+
+    def extend(self, extension: Extension | None) -> None:
+        """Attach an extension in place of the present one, or with None take that out.
+
+        Raises:
+            RunError: the LLM is composed, of several models at once.
+        """
+        if self.extension is extension:
+            return
+        if self.composition is not None:
+            raise RunError(
+                "extend: the LLM is of a composed checkpoint, which no module can be learned beside; an ordinary one is "
+                "expected. Write one original with `graftlm restore`, or compose with a rule that makes one dense LLM."
+            )
+        if self.extension is not None:
+            self.extension.detach(self)
+        self.extension = None
+        if extension is not None:
+            extension.requires_grad_(False).to(self.device).train(self.training)
+            extension.attach(self)
+            self.extension = extension
+        self.adapter.extension = None if extension is None else extension.kind
 
     def add_modality(self, spec: ModalitySpec, seed: int) -> None:
         """Build the encoder and a fresh connector. The connector depends on ``seed`` alone.
@@ -150,7 +184,7 @@ class MultimodalLM(nn.Module):
         width = self.llm.get_input_embeddings().get_parameter("weight").shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            connector = build_connector(spec.connector, encoder.width, encoder.tokens, width)
+            connector = build_connector(spec.connector, encoder, width, self.connectors.values())
         self.encoders[spec.name] = encoder.to(self.device)
         self.connectors[spec.name] = connector.requires_grad_(False).to(self.device).train(self.training)
         self.specs[spec.name] = spec
@@ -200,10 +234,15 @@ class MultimodalLM(nn.Module):
         fused = self.fuse(batch)
         targets = F.pad(fused.labels[:, 1:], (0, 1), value=IGNORE)
         kept = (targets != IGNORE).any(0).nonzero()[:, 0]
-        trim = self._trims_logits and not logits and not hidden
+        body: nn.Module = self.llm.base_model
+        trim = self._trims_logits and not logits and not (hidden and body is self.llm)
         arguments: dict[str, Any] = {"logits_to_keep": kept} if trim else {}
         seen: list[Tensor] = []
-        hook = self._head().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if hidden else None
+        hook = None
+        if hidden and trim:  # the head sees answers alone: what it is given is cut from this
+            hook = body.register_forward_hook(lambda _, inputs, output: seen.append(output[0]))
+        elif hidden:
+            hook = self._head().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             with self._routed(fused):
                 scores = self.llm(inputs_embeds=fused.embeds, **self._masks(fused), use_cache=False, **arguments).logits
@@ -213,8 +252,10 @@ class MultimodalLM(nn.Module):
         wanted = targets[:, kept]
         picked = scores if trim else scores[:, kept]
         learned = wanted != IGNORE
+        answer_logits = picked[learned]
         return Output(
-            loss=_cross_entropy(picked[learned], wanted[learned]),
+            loss=_cross_entropy(answer_logits, wanted[learned]),
+            answer_logits=answer_logits,
             labels=fused.labels,
             modality_ids=fused.modality_ids,
             attention_mask=fused.attention_mask,
@@ -237,7 +278,8 @@ class MultimodalLM(nn.Module):
             tokens[modality] = connector(values)
             if self.composition is not None:
                 tokens[modality] = self.composition.surround(modality, tokens[modality])
-        return fuse(self.llm.get_input_embeddings(), batch, tokens, self.modality_index, padding=padding)
+        fused = fuse(self.llm.get_input_embeddings(), batch, tokens, self.modality_index, padding=padding)
+        return fused if self.extension is None else self.extension.fuse(fused, batch)
 
     @torch.no_grad()
     def generate(
@@ -285,6 +327,8 @@ class MultimodalLM(nn.Module):
 
     def _routed(self, fused: Fused, *, prefill: bool = False) -> contextlib.AbstractContextManager[None]:
         """Inside, positions take the weights of their modality, in the first pass only when tokens are decoded after it."""
+        if self.extension is not None:
+            return self.extension.over(fused)
         if self.composition is None:
             return contextlib.nullcontext()
         return self.composition.over(fused.modality_ids, prefill=prefill)

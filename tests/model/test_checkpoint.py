@@ -321,8 +321,8 @@ def other_base(folder: Path) -> None:
     [
         (missing_manifest, r"copy: no manifest\.json; every checkpoint has one\. Check the path"),
         (no_json, r"manifest\.json: not JSON \(.*\)\. The file was damaged; use another copy"),
-        (unknown_format, r"manifest\.json: format 99; this version reads 1 to 2\. Use the version that wrote it"),
-        (no_format, r"manifest\.json: format None; this version reads 1 to 2"),
+        (unknown_format, r"manifest\.json: format 99; this version reads 1 to 3\. Use the version that wrote it"),
+        (no_format, r"manifest\.json: format None; this version reads 1 to 3"),
         (no_ledger, r"manifest\.json: 'ledger' is no list"),
         (no_model, r"manifest\.json: 'model' is incomplete \('llm'\)"),
         (no_hash, r"manifest\.json: 'connectors\.image\.safetensors' has no sha256 or bytes"),

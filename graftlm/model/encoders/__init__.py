@@ -11,6 +11,7 @@ ENCODERS = Registry(
         "mini-video": "graftlm.model.encoders.mini:VideoEncoder",
         "mini-audio": "graftlm.model.encoders.mini:AudioEncoder",
         "mini-point": "graftlm.model.encoders.mini:PointEncoder",
+        "patches": "graftlm.model.encoders.patches:Patches",
     },
     "graftlm.encoders",
 )

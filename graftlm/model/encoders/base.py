@@ -18,7 +18,7 @@ from graftlm.core.seeds import derive
 from graftlm.model.encoders import ENCODERS
 from graftlm.model.specs import EncoderSpec
 
-__all__ = ["Encoder", "build_encoder"]
+__all__ = ["Encoder", "build_encoder", "split_net"]
 
 
 class Encoder(nn.Module, ABC):
@@ -28,11 +28,13 @@ class Encoder(nn.Module, ABC):
         width: E.
         tokens: L, tokens per item.
         settings: what it was built with; set by `build_encoder`.
+        cut: layers that a connector took, see `split`.
     """
 
     width: int
     tokens: int
     settings: Mapping[str, Any] = {}
+    cut: int = 0
     packaged: ClassVar[str] = ""
     """File of this encoder in the packaged base, for ``weights: miniworld``."""
 
@@ -48,6 +50,20 @@ class Encoder(nn.Module, ABC):
     def forward(self, inputs: Tensor) -> Tensor:
         """Raw inputs (N, ...) as tokens, Float (N, L, E)."""
 
+    def split(self, layers: int) -> nn.Module:
+        """Give the last layers away. From then on `forward` ends before them, `width` and `tokens` are of what enters them.
+
+        Returns:
+            Those layers with their weights: of tokens Float (N, L, E) they make what `forward` gave before.
+
+        Raises:
+            ConfigError: the encoder cannot be split, or not there.
+        """
+        raise ConfigError(
+            f"encoder {type(self).__name__}: its last layers cannot be taken for a connector; an encoder that has `split` is "
+            f"expected. Use another kind of connector."
+        )
+
     def train(self, mode: bool = True) -> "Encoder":
         """Frozen means frozen: batch statistics and dropout stay in evaluation mode."""
         return super().train(False)
@@ -57,6 +73,8 @@ class Encoder(nn.Module, ABC):
         digest = hashlib.sha256(f"{type(self).__module__}.{type(self).__qualname__} {self.extra_repr()}".encode())
         if self.settings:  # frames or size change features, but no weight
             digest.update(hash_json(dict(self.settings)).encode())
+        if self.cut:
+            digest.update(f"without the last {self.cut}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -80,6 +98,26 @@ def build_encoder(spec: EncoderSpec) -> Encoder:
     if spec.weights is not None:
         _load(encoder, spec.kind, spec.weights)
     return encoder.requires_grad_(False).train(False)
+
+
+def split_net(net: nn.Sequential, layers: int, *, keep: int = 1) -> tuple[nn.Sequential, nn.Sequential]:
+    """What comes before the last layers, and those. A layer is a linear map or convolution and what follows it.
+
+    Args:
+        keep: how many layers must be left.
+
+    Raises:
+        ConfigError: there are not so many layers.
+    """
+    modules = list(net)
+    starts = [place for place, module in enumerate(modules) if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    if not 1 <= layers <= len(starts) - keep:
+        raise ConfigError(
+            f"layers: {layers}, but 1 to {len(starts) - keep} layers of this encoder can be taken for a connector. Correct "
+            f"model.modalities.*.connector.layers."
+        )
+    at = starts[-layers]
+    return nn.Sequential(*modules[:at]), nn.Sequential(*modules[at:])
 
 
 def _load(encoder: Encoder, kind: str, weights: str) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from graftlm.core.errors import DataError
 from graftlm.data import media
-from graftlm.model.encoders.base import Encoder
+from graftlm.model.encoders.base import Encoder, split_net
 
 __all__ = ["AudioEncoder", "ImageEncoder", "PointEncoder", "VideoEncoder", "group_points", "log_mel"]
 
@@ -30,6 +30,8 @@ class ImageEncoder(Encoder):
     """Five convolutions: a picture of 48 x 48 becomes 4 x 4 tokens."""
 
     packaged = "image"
+    frames = 1
+    pool = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,9 +53,21 @@ class ImageEncoder(Encoder):
         tokens: Tensor = self.net(inputs).flatten(2).transpose(1, 2)
         return tokens
 
+    def split(self, layers: int) -> nn.Module:
+        """Up to four convolutions, and the pooling of frames behind them."""
+        self.net, tail = split_net(self.net, layers)
+        with torch.no_grad():
+            _, width, side, _ = self.net(torch.zeros(1, 3, SIDE, SIDE)).shape
+        taken = MapTail(tail, self.frames, side, self.pool)
+        self.width, self.tokens, self.pool = width, self.frames * side**2, 1
+        return taken
+
 
 class VideoEncoder(ImageEncoder):
     """The image encoder on four frames, each pooled to 2 x 2 tokens."""
+
+    frames = FRAMES
+    pool = 2
 
     def read(self, source: Path) -> Tensor:
         """Float (4, 3, 48, 48), frames sampled uniformly."""
@@ -62,7 +76,7 @@ class VideoEncoder(ImageEncoder):
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, 4, 3, 48, 48) -> (N, 16, 128)."""
         maps = self.net(inputs.flatten(0, 1))
-        pooled: Tensor = F.avg_pool2d(maps, 2).flatten(2).transpose(1, 2)
+        pooled: Tensor = F.avg_pool2d(maps, self.pool).flatten(2).transpose(1, 2)
         return pooled.reshape(len(inputs), self.tokens, self.width)
 
 
@@ -91,6 +105,13 @@ class AudioEncoder(Encoder):
         tokens: Tensor = self.net(inputs).transpose(1, 2)
         return tokens
 
+    def split(self, layers: int) -> nn.Module:
+        """Up to three convolutions."""
+        self.net, tail = split_net(self.net, layers)
+        with torch.no_grad():
+            _, self.width, self.tokens = self.net(torch.zeros(1, MELS, MEL_FRAMES)).shape
+        return TimeTail(tail)
+
 
 class PointEncoder(Encoder):
     """A PointNet per slab of the cloud, beside the whole: 512 coloured points become 8 tokens."""
@@ -118,6 +139,39 @@ class PointEncoder(Encoder):
         whole = slabs.amax(1, keepdim=True).expand_as(slabs)
         tokens: Tensor = self.joint(torch.cat([slabs, whole], dim=-1))
         return tokens
+
+    def split(self, layers: int) -> nn.Module:
+        """Up to both layers of what sees slab and whole."""
+        self.joint, tail = split_net(self.joint, layers, keep=0)
+        self.width = tail[0].get_parameter("weight").shape[1]
+        return tail
+
+
+class MapTail(nn.Module):
+    """Convolutions over the square maps of frames, then pooling."""
+
+    def __init__(self, net: nn.Sequential, frames: int, side: int, pool: int) -> None:
+        super().__init__()
+        self.net, self.frames, self.side, self.pool = net, frames, side, pool
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, F s², E) -> (N, F (s' / pool)², E')."""
+        maps = tokens.reshape(len(tokens) * self.frames, self.side**2, tokens.shape[2]).transpose(1, 2).contiguous()
+        out: Tensor = F.avg_pool2d(self.net(maps.view(*maps.shape[:2], self.side, self.side)), self.pool)
+        return out.flatten(2).transpose(1, 2).reshape(len(tokens), self.frames * out.shape[2] * out.shape[3], -1)
+
+
+class TimeTail(nn.Module):
+    """Convolutions over time."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, L, E) -> (N, L', E')."""
+        out: Tensor = self.net(tokens.transpose(1, 2).contiguous()).transpose(1, 2)
+        return out
 
 
 def log_mel(waves: Tensor) -> Tensor:

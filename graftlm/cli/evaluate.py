@@ -108,7 +108,7 @@ def read_tasks(checkpoint: Path, data: Path | None) -> list["Task"]:
         if run is None:
             raise ConfigError(f"{checkpoint}: not part of a run, so its data are not known. Name them with --data.")
         stream = open_stream(RunStore(run).spec)
-    elif (data / "world.json").is_file():
+    elif (data / "world.json").is_file() and (data / "mcub").is_dir():  # other mini worlds are folders of data sets
         stream = streams.miniworld(data, "sequential", long=(data / "second").is_dir())
     else:
         folders = {name: data / streams.FOLDERS.get(name, name) for name in TASKS.table()}

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from graftlm.cli import (
     build_base,
+    compare,
     compose,
     consolidate,
     convert,
@@ -41,6 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("compare", cls=compare.ManyValues)(compare.compare)
 app.command("plan")(planning.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("compose")(compose.compose)

@@ -60,8 +60,10 @@ def miniworld(root: Path, order: Order = "sequential", *, long: bool = False, sk
     stages = [_stage(root, name, name, "", known) for name in names]
     if long:
         stages += [_stage(root / "second", name, f"{name}2", "_2", known) for name in names]
-    probes = (_load("mcub", root, known), _load("instructions", root, known))
-    return Stream(f"miniworld-{'long-' if long else ''}{order}", tuple(stages), probes)
+    instructions = _load("instructions", root, known)
+    name = f"miniworld-{'long-' if long else ''}{order}"
+    probes = (_load("mcub", root, known), instructions)
+    return Stream(name, tuple(stages), probes, inquiries=tuple(instructions.train))
 
 
 def experts(root: Path, *, skip_bad: bool = False) -> Stream:

@@ -8,7 +8,7 @@ Paper:   Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13 (p
 Differs: CIDEr's document frequencies are those of the whole test set, not of each resample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from graftlm.core import seeds
 from graftlm.core.errors import DataError
 from graftlm.core.files import read_json
 
-__all__ = ["Difference", "paired_difference", "paired_gain"]
+__all__ = ["Difference", "Pair", "paired_difference", "paired_gain", "paired_over_runs"]
 
 Items = Mapping[str, Mapping[str, float]]
 """Task -> sample id -> score."""
@@ -31,6 +31,25 @@ class Difference:
     value: float
     low: float
     high: float
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two methods in one run.
+
+    Attributes:
+        first, second: what they scored, item by item, on the same items.
+        weights: task -> what one unit of its mean score adds to the result; tasks that are not named do not count.
+    """
+
+    first: Items
+    second: Items
+    weights: Mapping[str, float]
 
 
 def paired_gain(
@@ -71,3 +90,49 @@ def paired_difference(
         samples += gaps[drawn].mean(axis=1) / len(experts)
     low, high = np.quantile(samples, [0.025, 0.975])
     return Difference(float(np.mean(values)), float(low), float(high))
+
+
+def paired_over_runs(groups: Sequence[Sequence[Pair]], *, seed: int = 0, draws: int = 2000) -> Difference:
+    """How much a weighted sum of task scores of one method exceeds another's, mean over runs.
+
+    Groups are drawn with replacement, and within each the items of every task. Runs of one group share test items (the orders
+    of one seed do), so these are drawn once for all of them: a hard item is hard in every order.
+
+    Args:
+        groups: the runs; a single one is not drawn, and the interval then speaks of its items alone.
+
+    Raises:
+        DataError: no runs or no weights; the two did not answer the same items.
+    """
+    if not groups or not all(groups) or not any(pair.weights for group in groups for pair in group):
+        raise DataError("paired difference: no runs, or no tasks to compare in; one of each at least is expected.")
+    rng = seeds.rng(seed, "bootstrap", "runs")
+    gaps = [_gaps(group) for group in groups]
+    values = [sum(float(each.mean()) for each in group) for group in gaps]
+    picks = rng.integers(0, len(gaps), size=(draws, len(gaps)))
+    samples = np.zeros(draws)
+    for slot in range(len(gaps)):
+        for index, group in enumerate(gaps):
+            drawn = np.zeros(draws)
+            for each in group:
+                drawn += each[rng.integers(0, len(each), size=(draws, len(each)))].mean(axis=1)
+            samples += np.where(picks[:, slot] == index, drawn, 0.0) / len(gaps)
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return Difference(float(np.mean(values)), float(low), float(high))
+
+
+def _gaps(group: Sequence[Pair]) -> list[np.ndarray]:
+    """Per set of items, their weighted differences, mean over the runs of a group."""
+    found: dict[tuple[str, frozenset[str]], np.ndarray] = {}
+    for pair in group:
+        for task, weight in pair.weights.items():
+            first, second = pair.first.get(task, {}), pair.second.get(task, {})
+            if first.keys() != second.keys() or not first:
+                raise DataError(
+                    f"paired difference on {task}: {len(first)} and {len(second)} items were answered; the same items are "
+                    f"expected. Evaluate both on the same split."
+                )
+            gap = weight / len(group) * np.array([first[item] - second[item] for item in sorted(first)])
+            key = (task, frozenset(first))
+            found[key] = found[key] + gap if key in found else gap
+    return list(found.values())

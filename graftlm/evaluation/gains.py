@@ -27,7 +27,9 @@ __all__ = [
     "forward_transfer",
     "incremental_accuracy",
     "learning_accuracy",
+    "ranks",
     "relative_gain",
+    "relative_matrix",
     "retention",
     "summary",
 ]
@@ -134,6 +136,32 @@ def learning_accuracy(matrix: Matrix) -> float:
 def retention(scores: Scores, originals: Scores) -> float:
     """Percent of the original models' scores, mean of the tasks' ratios (not the ratio of means)."""
     return relative_gain(scores, originals)
+
+
+def relative_matrix(scores: Sequence[Mapping[str, Scores]], experts: Mapping[str, Scores]) -> list[list[float]]:
+    """R[t][j]: the relative gain of stage j's tasks after stage t, in percent, so that metrics of unlike scales never mix.
+
+    nan where a task was not measured, or the expert scores 0 on everything.
+
+    Args:
+        scores: ``scores[t][stage][task]``.
+        experts: ``experts[stage][task]``, in the order of learning.
+    """
+    return [
+        [
+            relative_gain(after[stage], expert) if set(expert) <= set(after.get(stage, {})) else math.nan
+            for stage, expert in experts.items()
+        ]
+        for after in scores
+    ]
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """1 for the largest; equal values share the mean of their places."""
+    return [
+        1 + sum(other > value for other in values) + (sum(other == value for other in values) - 1) / 2
+        for value in values
+    ]
 
 
 def _seen(scores: Sequence[Mapping[str, Scores]], i: int, count: int) -> list[str]:

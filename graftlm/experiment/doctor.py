@@ -262,7 +262,7 @@ def _grown_facts(model: Grown, findings: Sequence[Finding]) -> dict[str, Any]:
 
 def _grown(model: Grown) -> Iterator[Finding]:
     """Files against their hashes, then the base and the encoders that the checkpoint refers to."""
-    from graftlm.model.encoders.base import build_encoder  # imports torch
+    from graftlm.model.connectors import build_trunk  # imports torch
     from graftlm.model.manifest import check_files, hash_llm
     from graftlm.model.specs import ModalitySpec
 
@@ -284,7 +284,7 @@ def _grown(model: Grown) -> Iterator[Finding]:
         if spec.encoder.weights is None:  # in a file of the checkpoint
             continue
         try:
-            found = build_encoder(spec.encoder).fingerprint()
+            found = build_trunk(spec).fingerprint()
         except GraftError as error:
             yield _caught(error, f"{where}, modality '{spec.name}': ")
             continue

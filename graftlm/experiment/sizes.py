@@ -105,9 +105,11 @@ def count(spec: ModelSpec) -> Sizes:
         llm = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     width = int(llm.get_input_embeddings().embedding_dim)
     encoders, joined, tokens, features = {}, {}, {}, {}
+    made: list[nn.Module] = []
     for modality in spec.modalities:
         encoder = build_encoder(EncoderSpec(modality.encoder.kind, None, modality.encoder.settings))
-        connector = build_connector(modality.connector, encoder.width, encoder.tokens, width)
+        connector = build_connector(modality.connector, encoder, width, made)
+        made.append(connector)
         encoders[modality.name], joined[modality.name] = _parameters(encoder), _parameters(connector)
         tokens[modality.name], features[modality.name] = connector.tokens, encoder.tokens * encoder.width
     return Sizes(

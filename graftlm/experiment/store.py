@@ -117,6 +117,28 @@ class RunStore:
         store._note_environment()
         return store
 
+    @classmethod
+    def grow(cls, folder: Path, spec: ExperimentSpec) -> "RunStore":
+        """As `open`, but the run may have other methods too: those that are there stay, and the spec's are added.
+
+        Raises:
+            RunError: the folder holds another experiment, or a method of the same name that is mixed otherwise.
+
+        """
+        path = folder / "experiment.yaml"
+        if not path.is_file():
+            return cls.open(folder, spec)
+        store = cls(folder)
+        there, here = store.spec.mixes(), spec.mixes()
+        store.spec = store.spec.model_copy(update={"methods": {**here, **there}})
+        store._same(spec.model_copy(update={"methods": {**there, **here}}))
+        grown = spec.model_copy(update={"methods": {**there, **here}})
+        if here.keys() - there.keys():
+            write_text(path, grown.to_yaml())
+            for path in (store.summary_path, store.report):  # there is more to do than they sum up
+                path.unlink(missing_ok=True)
+        return cls.open(folder, grown)
+
     @staticmethod
     def finished(folder: Path, spec: ExperimentSpec) -> bool:
         """Whether this very experiment is finished there, report included.

@@ -69,8 +69,9 @@ class Merge(Method):
 
     def prepare(self, ctx: Context) -> None:
         """Remember the connectors that may change."""
-        old = {f"connectors.{name}" for name in ctx.model.specs if name not in ctx.new} if self.connectors else set()
-        self._before = {name: p.detach().clone() for name, p in select(ctx.model, old).items()}
+        if self.connectors:
+            old = {f"connectors.{name}" for name in ctx.model.specs if name not in ctx.new}
+            self._before = {name: p.detach().clone() for name, p in select(ctx.model, old).items()}
 
     def consolidate(self, ctx: Context) -> None:
         """θ_i ← rule(θ_{i-1}, θ_i): of the average (1-w) θ_{i-1} + w θ_i."""
@@ -81,11 +82,11 @@ class Merge(Method):
             if self.rule == "sac":
                 ctx.notes.setdefault("spectra", []).extend(spectra(ctx.model.adapter.factors(), settings))
             ctx.model.adapter.fold(rule, **settings)
-        parameters = dict(ctx.model.named_parameters())
         with torch.no_grad():
             for name, before in self._before.items():
-                if not torch.equal(before, parameters[name]):
-                    parameters[name].copy_(rule(before, [parameters[name]], **settings))
+                parameter = ctx.model.get_parameter(name)
+                if not torch.equal(before, parameter):
+                    parameter.copy_(rule(before, [parameter], **settings))
 
     def _settings(self, number: int) -> dict[str, Any]:
         if self.rule == "average":

@@ -151,8 +151,10 @@ class StageAdapter:
             stage.blend(weight, self._before)
         elif stage.goes_on != (on == "factors"):
             raise RunError(
-                f"blend on {on}: the LoRA {'goes on from the stage before, and a blend of two updates has twice its rank' if stage.goes_on else 'is fresh, and has no earlier factors'}. "
-                f"Factors are blended of a LoRA that goes on, deltas of a fresh one."
+                f"blend on {on}: the LoRA "
+                + ("goes on from the stage before, and a blend of two updates has twice its rank. " if stage.goes_on else "")
+                + ("" if stage.goes_on else "is fresh, and has no earlier factors. ")
+                + "Factors are blended of a LoRA that goes on, deltas of a fresh one."
             )
         elif stage.goes_on:
             stage.blend_factors(weight)

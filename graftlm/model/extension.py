@@ -27,6 +27,8 @@ KINDS = Registry(
     {
         "pathweave": "graftlm.model.weave:WovenExperts",
         "moelora": "graftlm.model.mixture:ExpertMixture",
+        "l2p": "graftlm.model.prompts:PromptPool",
+        "modalprompt": "graftlm.model.prompts:PromptShelf",
     },
     "graftlm.extensions",
 )
@@ -85,9 +87,13 @@ class Extension(nn.Module, abc.ABC):
         """The sequence with what this puts into it; called at the end of `MultimodalLM.fuse`, before every pass of the LLM.
 
         Args:
-            batch: what ``fused`` was made of, on the model's device.
+            batch: what ``fused`` was made of, on the model's device, its media as encoder outputs.
         """
         return fused
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """What training may move now where a phase trains the part ``extension``, by name in here; all, unless said otherwise."""
+        return dict(self.named_parameters())
 
     def over(self, fused: Fused) -> contextlib.AbstractContextManager[None]:
         """Surrounds the LLM's pass over ``fused``; when answers are generated, decoding too."""

@@ -7,6 +7,7 @@ left modules in the model; a part is a prefix of parameter names. No modality is
 import contextlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -264,22 +265,42 @@ class MultimodalLM(nn.Module):
         )
 
     def fuse(self, batch: Batch, *, padding: Literal["left", "right"] | None = None) -> Fused:
-        """A batch as the LLM sees it; see `fusion.fuse` for ``padding``."""
-        batch = _moved(batch, self.device)
+        """A batch as the LLM sees it; see `fusion.fuse` for ``padding``.
+
+        Raises:
+            DataError: the model has no such modality, or the sequence is longer than the LLM's context.
+        """
+        batch = self.encoded(batch)
         tokens = {}
         for modality, values in batch.media.items():
-            encoder = self.encoder(modality)
-            if not batch.encoded:
-                # without autocast, as in the cache: with or without one, a model is trained on the same features
-                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                    values = encoder(values)
             connector = self.connectors[modality]
             assert isinstance(connector, Connector)
             tokens[modality] = connector(values)
             if self.composition is not None:
                 tokens[modality] = self.composition.surround(modality, tokens[modality])
         fused = fuse(self.llm.get_input_embeddings(), batch, tokens, self.modality_index, padding=padding)
-        return fused if self.extension is None else self.extension.fuse(fused, batch)
+        with_media = fused.embeds.shape[1]
+        if self.extension is not None:
+            fused = self.extension.fuse(fused, batch)
+        self._check_length(fused, batch, with_media)
+        return fused
+
+    def encoded(self, batch: Batch) -> Batch:
+        """A batch on the model's device, its media as encoder outputs.
+
+        Raises:
+            DataError: the model has no such modality.
+        """
+        batch = _moved(batch, self.device)
+        media = {}
+        for modality, values in batch.media.items():
+            encoder = self.encoder(modality)
+            if not batch.encoded:
+                # without autocast, as in the cache: with or without one, a model is trained on the same features
+                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                    values = encoder(values)
+            media[modality] = values
+        return replace(batch, media=media, encoded=True)
 
     @torch.no_grad()
     def generate(
@@ -332,6 +353,18 @@ class MultimodalLM(nn.Module):
         if self.composition is None:
             return contextlib.nullcontext()
         return self.composition.over(fused.modality_ids, prefill=prefill)
+
+    def _check_length(self, fused: Fused, batch: Batch, with_media: int) -> None:
+        limit = getattr(self.llm.config.get_text_config(), "max_position_embeddings", None)
+        length = fused.embeds.shape[1]
+        if not limit or length <= limit:
+            return
+        beside = f", with extension '{self.extension.kind}' {length}" if self.extension is not None else ""
+        raise DataError(
+            f"samples {', '.join(batch.ids[:4])} ...: {length} positions (text and slots {batch.input_ids.shape[1]}, with media "
+            f"{with_media}{beside}), but the LLM's context has {limit}; as many at most are expected. Shorten the prompts, use a "
+            f"connector with fewer tokens, or an LLM with a longer context."
+        )
 
     def _masks(self, fused: Fused) -> dict[str, Tensor]:
         """No mask at all when padding is on the right: causality already hides it, and attention is faster without."""

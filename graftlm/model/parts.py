@@ -16,15 +16,17 @@ def select(model: "MultimodalLM", parts: Iterable[str]) -> dict[str, nn.Paramete
 
     Args:
         parts: "connectors", "connectors.image", "llm" ... "llm" is what the open stage made plastic: LoRA factors, or
-            every weight when tuning in full.
+            every weight when tuning in full; "extension" is what that may move now, without what it froze.
     """
     wanted = set(parts)
     chosen = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if not name.startswith(("llm.", "encoders.")) and _inside(name, wanted)
+        if not name.startswith(("llm.", "encoders.", "extension.")) and _inside(name, wanted)
     }
-    plastic = model.adapter.parameters()
+    plastic = dict(model.adapter.parameters())
+    if model.extension is not None:
+        plastic |= {f"extension.{name}": p for name, p in model.extension.trainable_parameters().items()}
     return chosen | {name: parameter for name, parameter in plastic.items() if _inside(name, wanted)}
 
 

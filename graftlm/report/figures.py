@@ -1,4 +1,4 @@
-"""Figures as SVG text: gain curves, a ranking of methods, a waveform.
+"""Figures as SVG text: gain curves, a ranking of methods, spectra, a waveform.
 
 Colours are CSS variables of the page (``--c0`` ...: a colour-blind safe palette, one set for light and one for
 dark), so a figure follows the page. A series is told apart by colour, marker and dash together.
@@ -7,11 +7,11 @@ dark), so a figure follows the page. A series is told apart by colour, marker an
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, floor, isfinite
+from math import ceil, floor, isfinite, log10
 
 from markupsafe import Markup, escape
 
-__all__ = ["Series", "curves", "ranking", "waveform"]
+__all__ = ["Series", "curves", "ranking", "spectrum", "waveform"]
 
 COLOURS = 8
 DASHES = ("none", "7 4", "2 4")
@@ -75,10 +75,14 @@ def curves(
     blind: float | None = None,
     view: Sequence[float] = (),
     numbered: bool = True,
+    rule: str = "expert",
+    unit: str = " %",
 ) -> Markup:
     """Gain per stage, one line per method, each named at its end.
 
     Args:
+        rule: what 100 is; empty draws no line there.
+        unit: of the values; one that is no percentage has no 100 to compare with.
         numbered: whether stages are counted below the axis, beside their names.
         blind: percent that a model reaches without its media; a dotted line.
         view: further values that the axis encloses, so that figures side by side have one scale.
@@ -87,12 +91,16 @@ def curves(
     values = [value for line in shown for value in _known([*line.values, *line.low, *line.high])]
     values += _known([*view, blind])
     room = 34 + 7.3 * max((len(_short(line.name)) for line in shown), default=0)
-    frame = _Frame(56, 560 - room, 18, 282, len(stages), _ticks([*values, 100.0]))
-    parts = [_axes(frame, stages, numbered), _rule(frame, 100, "expert")]
+    percent = unit.strip() == "%"
+    ticks = _ticks([*values, 100.0]) if percent else _fine_ticks([*values, 0.0])
+    frame = _Frame(56, 560 - room, 18, 282, len(stages), ticks)
+    parts = [_axes(frame, stages, numbered, unit)]
+    if percent and rule:
+        parts.append(_rule(frame, 100, rule))
     if blind is not None:
         parts.append(_rule(frame, blind, "blind"))
     ends = _spread_out([frame.y(line.last) for line in shown], frame.top, frame.bottom)
-    parts += [_curve(frame, line, stages, end) for line, end in zip(shown, ends, strict=True)]
+    parts += [_curve(frame, line, stages, end, unit) for line, end in zip(shown, ends, strict=True)]
     return _svg("curves", 560, 326, title, description, parts)
 
 
@@ -136,6 +144,49 @@ def waveform(peaks: Sequence[float], name: str) -> Markup:
     return _svg("waveform", 240, 56, f"Waveform of {name}", "Loudness over time.", [path])
 
 
+def spectrum(name: str, before: Sequence[float], after: Sequence[float], k: int | None = None) -> Markup:
+    """Singular values of an update, before and after it was folded, largest first, on a logarithmic axis.
+
+    Args:
+        k: how many of them the folding took for the leading ones; an upright line.
+    """
+    known = [value for value in (*before, *after) if value > 0 and isfinite(value)]
+    if not known:
+        return Markup("")
+    high, low = ceil(log10(max(known))), max(floor(log10(min(known))), ceil(log10(max(known))) - 6)
+    low = min(low, high - 1)
+    count = max(len(before), len(after))
+
+    def place(index: int, value: float) -> str:
+        level = min(max(log10(value), low), high) if value > 0 else low
+        return f"{38 + (index + 0.5) / count * 196:.1f} {118 - (level - low) / (high - low) * 106:.1f}"
+
+    parts = []
+    for power in range(low, high + 1):
+        y = 118 - (power - low) / (high - low) * 106
+        parts.append(f'<line class="grid" x1="38" x2="234" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(34, y + 4, f"1e{power}", "tick", "end"))
+    if k is not None and 0 < k < count:
+        x = 38 + k / count * 196
+        parts.append(f'<line class="blind" x1="{x:.1f}" x2="{x:.1f}" y1="12" y2="118"/>')
+    for index, values in enumerate((before, after)):
+        points = "L".join(place(i, value) for i, value in enumerate(values) if isfinite(value))
+        if points:
+            dash = DASHES[1 - index]
+            parts.append(f'<path class="curve" style="--c:var(--c{index});--dash:{dash}" d="M{points}"/>')
+    said = f"{count} singular values, from {max(known):.3g} down to {min(known):.3g}; dashed before, solid after."
+    return _svg("spectrum", 240, 126, name, said, parts)
+
+
+def _fine_ticks(values: Sequence[float]) -> list[float]:
+    """Three to seven round numbers of any size that enclose all values."""
+    low, high = min(values), max(values)
+    size = 10.0 ** floor(log10((high - low) or 1.0))
+    step = next(s * size for s in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (s * size) <= 6.5)
+    first, last = floor(low / step), ceil(high / step)
+    return [float(f"{step * k:.6g}") for k in range(first, max(last, first + 2) + 1)]
+
+
 def _svg(kind: str, width: float, height: float, title: str, description: str, parts: Sequence[str]) -> Markup:
     return Markup(  # every text in the parts went through escape()
         f'<svg class="{kind}" role="img" viewBox="0 0 {width:g} {height:g}">'
@@ -173,13 +224,13 @@ def _spread_out(wanted: Sequence[float], low: float, high: float, pitch: float =
     return [place + shift for place in places]
 
 
-def _axes(frame: _Frame, stages: Sequence[str], numbered: bool) -> str:
+def _axes(frame: _Frame, stages: Sequence[str], numbered: bool, unit: str = " %") -> str:
     parts = []
     for tick in frame.ticks:
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{frame.left}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        unit = " %" if tick == frame.ticks[-1] else ""
-        parts.append(_text(frame.left - 8, y + 4, f"{tick:g}{unit}", "tick", "end"))
+        text = f"{tick:g}{unit if tick == frame.ticks[-1] else ''}"
+        parts.append(_text(frame.left - 8, y + 4, text, "tick", "end"))
     for number, stage in enumerate(stages):
         name = stage if len(stages) <= 5 else stage[:6]
         if numbered:
@@ -210,7 +261,7 @@ def _marker(line: Series, x: float, y: float) -> str:
     return f'<g class="marker" transform="translate({x:.1f} {y:.1f})">{shape}</g>'
 
 
-def _curve(frame: _Frame, line: Series, stages: Sequence[str], end: float) -> str:
+def _curve(frame: _Frame, line: Series, stages: Sequence[str], end: float, unit: str = " %") -> str:
     """The spread, the line, its points with their values on hover, and its name at the height ``end``."""
     places = [(i, value) for i, value in enumerate(line.values) if value is not None and isfinite(value)]
     path = "L".join(f"{frame.x(i):.1f} {frame.y(value):.1f}" for i, value in places)
@@ -221,7 +272,7 @@ def _curve(frame: _Frame, line: Series, stages: Sequence[str], end: float) -> st
             parts.append(f'<line class="spread" {across} y1="{frame.y(low):.1f}" y2="{frame.y(high):.1f}"/>')
     parts.append(f'<path class="curve" d="M{path}"/>')
     for i, value in places:
-        tip = f"{line.name}, stage {i + 1} ({stages[i]}): {value:.2f} %"
+        tip = f"{line.name}, stage {i + 1} ({stages[i]}): {value:.2f}{unit}"
         parts.append(f'<g class="point"><title>{escape(tip)}</title>{_marker(line, frame.x(i), frame.y(value))}</g>')
     last_x, last_y = frame.x(places[-1][0]), frame.y(places[-1][1])
     key = frame.right + 18

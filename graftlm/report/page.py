@@ -24,13 +24,16 @@ from graftlm.report.media import Budget, Shown
 from graftlm.report.reading import Run, read_run
 from graftlm.report.samples import TaskSamples, choose
 
-__all__ = ["LARGEST", "compare", "write"]
+__all__ = ["LARGEST", "compare", "render", "write"]
 
 LARGEST = 6_000_000
 """Bytes a page may have."""
 
 SIZES = ((4, 3_600_000), (2, 1_500_000), (1, 500_000), (0, 0))
 """Samples per task and characters of media, tried in turn until the page is small enough."""
+
+SPECTRA = 6
+"""Spectra shown per method and stage."""
 
 ITEMS = 48
 """Samples on a page, over all tasks."""
@@ -51,7 +54,7 @@ def write(run_folder: Path, out: Path | None = None) -> Path:
     run = read_run(run_folder)
     out = out or run_folder / "report.html"
     for per_task, budget in SIZES:
-        text = _render(_run_page(run, per_task, budget))
+        text = render(_run_page(run, per_task, budget))
         if len(text.encode()) <= LARGEST:
             break
     write_text(out, text)
@@ -67,11 +70,12 @@ def compare(run_folders: Sequence[Path], out: Path) -> Path:
     if len(run_folders) < 2:
         raise RunError(f"{len(run_folders)} run to compare - two or more were expected - name their folders.")
     comparison = compare_runs([read_run(folder) for folder in run_folders])
-    write_text(out, _render(_comparison_page(comparison)))
+    write_text(out, render(_comparison_page(comparison)))
     return out
 
 
-def _render(values: Mapping[str, Any]) -> str:
+def render(values: Mapping[str, Any], template: str = "page.html") -> str:
+    """A whole page: the values in a template of this folder, with style and script inside."""
     here = Path(__file__).parent
     environment = Environment(
         autoescape=True, loader=FileSystemLoader(here), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -81,7 +85,7 @@ def _render(values: Mapping[str, Any]) -> str:
     style = (here / "page.css").read_text(encoding="utf-8")
     # Markup is for our own two files only; a run's text is escaped.
     parts = {"style": Markup(style), "script": Markup(script), "script_hash": digest}
-    return environment.get_template("page.html").render(**parts, **values)
+    return environment.get_template(template).render(**parts, **values)
 
 
 def _run_page(run: Run, per_task: int, budget: int) -> dict[str, Any]:
@@ -113,6 +117,8 @@ def _run_page(run: Run, per_task: int, budget: int) -> dict[str, Any]:
         ],
         "matrices": [tables.matrix(run, method) for method in run.methods if method.scores],
         "costs": tables.cost_rows(run),
+        "shift": _shift(run),
+        "spectra": _spectra(run),
         "samples": _with_media(chosen, Budget(budget), run.folder),
     }
     if not run.composing:
@@ -157,6 +163,38 @@ def _curves(run: Run, kind: str, floor: float | None) -> Markup:
     view = [value for m in run.methods for value in (*m.backward, *m.forward)] + list(tables.blind_gains(run))
     title = f"{kind.capitalize()} gain per stage"
     return figures.curves(title, _describe(lines), run.order, lines, blind=floor, view=view)
+
+
+def _shift(run: Run) -> Markup:
+    """Language shift per stage, empty where it was not measured."""
+    lines = [Series(m.name, i, m.shift) for i, m in enumerate(run.methods) if m.shift]
+    if not lines:
+        return Markup("")
+    said = "; ".join(f"{line.name}: {', '.join(tables.number(v, 3) for v in line.values)}" for line in lines)
+    about = f"Distance of hidden states to the start model, stage by stage. {said}."
+    return figures.curves("Language shift per stage", about, run.order, lines, unit="")
+
+
+def _spectra(run: Run) -> list[tuple[str, list[tuple[str, str, Markup]]]]:
+    """Per method and stage, small spectra of what was folded: (name, note, figure)."""
+    found = []
+    for method in run.methods:
+        for stage, spectra in method.spectra.items():
+            each = []
+            for one in spectra[:SPECTRA]:
+                name, k, reached = str(one.get("name", "")), one.get("k"), one.get("reached")
+                notes = [f"k = {k}"] if isinstance(k, int) else []
+                notes += [f"reached {reached:.3g}"] if isinstance(reached, int | float) else []
+                svg = figures.spectrum(
+                    f"{name}, {method.name} after {stage}",
+                    one.get("before", ()),
+                    one.get("after", ()),
+                    k if isinstance(k, int) else None,
+                )
+                each += [(name, ", ".join(notes), svg)] if svg else []
+            if each:
+                found.append((f"{method.name}, {stage}", each))
+    return found
 
 
 def _describe(lines: Sequence[Series]) -> str:

@@ -34,6 +34,9 @@ class MethodResult:
         probes: per finished stage, task -> score of tasks that are never learned.
         cost: one entry per stage and phase.
         missing: stages of the order that are not finished.
+        joint: stage -> percent of its expert, of a method that learned all stages at once and has none to tell apart.
+        shift: per finished stage, how far the language moved, in L2 of hidden states; empty where it was not measured.
+        spectra: stage -> what its folding noted about singular values: name, before, after, k, reached.
     """
 
     name: str
@@ -47,6 +50,9 @@ class MethodResult:
     probes: tuple[Mapping[str, float], ...]
     cost: tuple[Mapping[str, Any], ...]
     missing: tuple[str, ...]
+    joint: Mapping[str, float] = field(default_factory=dict)
+    shift: tuple[float, ...] = ()
+    spectra: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -201,8 +207,27 @@ def _method(folder: Path, name: str, facts: Mapping[str, Any], order: Sequence[s
         std=facts.get("backward_std"),
         probes=tuple(facts.get("probes", ())),
         cost=tuple(facts.get("cost", ())),
-        missing=tuple(order[len(scores) :]),
+        missing=() if "joint" in facts else tuple(order[len(scores) :]),
+        joint={stage: gain for stage, gain in facts.get("joint", {}).get("relative", {}).items() if gain is not None},
+        shift=_shift([paths[stage] for stage in order if stage in paths]),
+        spectra={stage: noted for stage, path in paths.items() if (noted := _spectra(path))},
     )
+
+
+def _shift(folders: Sequence[Path]) -> tuple[float, ...]:
+    """Of the stages up to the first that was not measured."""
+    values = []
+    for folder in folders:
+        if not (folder / "shift.json").is_file():
+            break
+        values.append(float(read_json(folder / "shift.json")["l2"]))
+    return tuple(values)
+
+
+def _spectra(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    path = folder / "notes.json"
+    noted = read_json(path) if path.is_file() else {}
+    return tuple(noted.get("spectra", ())) if isinstance(noted, Mapping) else ()
 
 
 def _ingredient(item: Any) -> str:
@@ -235,12 +260,14 @@ def _summarise(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(chosen, Mapping):
         names = [name for name in chosen if name in names] + [name for name in names if name not in chosen]
     walks = {name: stage_folders(folder / "methods" / name) for name in names}
-    order = list(dict.fromkeys(stage for walk in sorted(walks.values(), key=len, reverse=True) for stage, _ in walk))
+    at_once = {name for name, walk in walks.items() if [stage for stage, _ in walk] == ["joint"]}
+    longest = sorted((walk for name, walk in walks.items() if name not in at_once), key=len, reverse=True)
+    order = list(dict.fromkeys(stage for walk in longest for stage, _ in walk))
     order += [stage for stage in experts if stage not in order]
     methods = {}
     for name, walk in walks.items():
         mix = chosen.get(name, []) if isinstance(chosen, Mapping) else chosen if len(walks) == 1 else []
-        methods[name] = _summarise_method(walk, experts) | {"ingredients": mix or []}
+        methods[name] = _summarise_method([] if name in at_once else walk, experts) | {"ingredients": mix or []}
     base = {task: entry["value"] for task, entry in _scores(folder / "base").items()}
     return {"order": order, "experts": experts, "blind": _values(folder / "blind"), "base": base, "methods": methods}
 
@@ -263,7 +290,8 @@ def _summarise_method(walk: Sequence[tuple[str, Path]], experts: Scores) -> dict
         scores.append(seen)
         fit = path / "fit.json"
         cost += [_phase_cost(stage, log) for log in (read_json(fit) if fit.exists() else ())]
-    backward, forward = gains(scores, experts)
+    seen_only = [{stage: after[stage] for stage in list(after)[: i + 1]} for i, after in enumerate(scores)]
+    backward, forward = gains(seen_only, experts)
     mean, std = summary(backward) if backward else (None, None)
     return {
         "scores": scores,

@@ -143,13 +143,15 @@ def result_rows(run: Run) -> list[ResultRow]:
     for m in methods:
         frozen = [ingredient.split()[0] for ingredient in m.ingredients if ingredient] == ["eproj"]
         note = f"unfinished: {', '.join(m.missing)} to come" if m.missing else "frozen LLM" if frozen else ""
+        note = "all stages at once; the mean is over stages, in the end" if m.joint else note
+        mean = sum(m.joint.values()) / len(m.joint) if m.joint else m.mean
         rows.append(
             ResultRow(
                 name=m.name,
                 kind="frozen" if frozen else "method",
                 note=note or (" + ".join(m.ingredients) if m.ingredients != (m.name,) else ""),
                 backward=_per_stage(m.backward, len(run.order)),
-                mean=Cell(number(m.mean), best=m.mean is not None and m.mean == best_mean),
+                mean=Cell(number(mean), best=m.mean is not None and m.mean == best_mean),
                 std=Cell(spread(m.std)),
                 forward=_per_stage(m.forward, len(run.order)),
                 probes=tuple(_probe(final[m.name].get(p), best[p]) for p in run.probes),

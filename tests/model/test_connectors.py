@@ -1,10 +1,14 @@
 """Connectors: shapes, pooling by hand, gradients, and settings that do not fit."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 from graftlm.core.errors import ConfigError
 from graftlm.model.connectors import Connector, Pool, build_connector
+from graftlm.model.encoders.base import Encoder
 from graftlm.model.specs import ConnectorSpec
 
 KINDS = [
@@ -16,9 +20,23 @@ KINDS = [
 ]
 
 
+class Bare(Encoder):
+    """Widths, and nothing that could be encoded."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.width, self.tokens = width, tokens
+
+    def read(self, source: Path) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 def make(spec: ConnectorSpec, tokens: int = 16, seed: int = 0) -> Connector:
     torch.manual_seed(seed)
-    return build_connector(spec, 6, tokens, 8)
+    return build_connector(spec, Bare(6, tokens), 8)
 
 
 @pytest.mark.parametrize(("spec", "count"), KINDS)

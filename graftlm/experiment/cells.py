@@ -46,6 +46,7 @@ __all__ = [
     "open_stream",
     "ordered",
     "plan_cells",
+    "union",
     "units",
 ]
 
@@ -84,6 +85,11 @@ def open_stream(spec: ExperimentSpec) -> Stream:
     root = Path(spec.data.root) if spec.data.root else _world(spec)
     stream: Stream = streams.STREAMS.get(spec.stream)(root, skip_bad=spec.data.skip_bad)
     return ordered(stream, spec.order)
+
+
+def union(stream: Stream) -> Stage:
+    """All stages as one."""
+    return Stage(JOINT, tuple(task for stage in stream.stages for task in stage.tasks))
 
 
 def check_stream(spec: ExperimentSpec, stream: Stream) -> None:
@@ -208,10 +214,11 @@ class Worker:
         stages = self.stream.stages
         if any(method.joint for method in methods):
             index = len(stages) - 1
-            union = Stage(JOINT, tuple(task for stage in stages for task in stage.tasks))
-            folder = self.store.stage(name, index, union.name)
-            learned = self._learn(union, [], methods, parent, folder, progress, f"{name} all stages at once")
-            self._measure(learned, asked(self.spec, self.stream, len(stages)), folder, progress, f"{name} {union.name}")
+            folder = self.store.stage(name, index, JOINT)
+            learned = self._learn(
+                union(self.stream), [], methods, parent, folder, progress, f"{name} all stages at once"
+            )
+            self._measure(learned, asked(self.spec, self.stream, len(stages)), folder, progress, f"{name} {JOINT}")
             shift.write(learned, folder)
             return
         for index, stage in enumerate(stages):

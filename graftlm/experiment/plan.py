@@ -2,20 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from graftlm import methods as shelf
 from graftlm.core.errors import ConfigError
 from graftlm.core.files import hash_json
 from graftlm.data.types import Batch, Output, Phase, Sample, Stage, Stream
 from graftlm.experiment import composing
+from graftlm.experiment.cells import START, open_stream, union
 from graftlm.experiment.settings import ComposerSettings
 from graftlm.experiment.sizes import FORMULA, Sizes, TextLengths, count
 from graftlm.experiment.spec import ExperimentSpec
 from graftlm.learning.fit import FitLog, steps_of
 from graftlm.learning.method import Context, Method, resolve
 from graftlm.learning.phase import Schedule
+from graftlm.model.adapters import StageAdapter
 from graftlm.model.multimodal import MultimodalLM
+
+T = TypeVar("T")
 
 __all__ = ["PhasePlan", "Plan", "StagePlan", "plan", "plan_stream"]
 
@@ -121,8 +125,6 @@ def plan(spec: ExperimentSpec) -> Plan:
         ConfigError: a setting is wrong, or a modality of the stream has no encoder.
 
     """
-    from graftlm.experiment.cells import open_stream
-
     spec.check()
     return plan_stream(spec, open_stream(spec))
 
@@ -137,6 +139,9 @@ def plan_stream(spec: ExperimentSpec, stream: Stream) -> Plan:
                     f"encoder and a connector for it. Add them."
                 )
     walker = _Walker(spec.schedule(), count(spec.model_spec()), TextLengths(spec.model.llm, stream), spec.seed)
+    walker.inquiries = stream.inquiries
+    if stream.start is not None:
+        walker.start(stream.start, stream.aligned)
     for stage in stream.stages:
         walker.walk("expert", [stage], [])
     compositions: list[str] = []
@@ -147,7 +152,8 @@ def plan_stream(spec: ExperimentSpec, stream: Stream) -> Plan:
             walker.own(name, composer, spec, stream)
         compositions = composing.sentences(spec, stream)
     for name, entries in spec.mixes().items():
-        walker.walk(name, stream.stages, shelf.build(entries, f"methods.{name}"))
+        methods = shelf.build(entries, f"methods.{name}")
+        walker.walk(name, [union(stream)] if any(each.joint for each in methods) else stream.stages, methods)
     media = {
         media for stage in stream.stages for task in stage.tasks for s in (*task.train, *task.test) for media in s.media
     }
@@ -168,8 +174,11 @@ class _DryAdapter:
     def fold(self, *_: object, **__: object) -> None:
         self.is_open = False
 
-    def blend(self, weight: float) -> None:
-        pass
+    def factors(self) -> dict[str, Any]:
+        return {}
+
+    def __getattr__(self, name: str) -> Any:
+        raise _ModelNeededError(f"adapter.{name}")
 
 
 class _DryModel:
@@ -190,6 +199,10 @@ class _DryContext(Context):
         default=lambda phase, parts, samples: None
     )
 
+    def open(self) -> StageAdapter:
+        self.model.adapter.is_open = True  # type: ignore[misc]
+        return self.model.adapter
+
     def fit(self, samples: Sequence[Sample], phase: Phase) -> FitLog:
         self.record(phase, resolve(phase.trainable, self.stage), samples)
         return FitLog(phase.name, 0, 0, 0, 0.0, 0.0, 0, 0.0, 0.0, 0)
@@ -206,6 +219,7 @@ class _Walker:
         self.sizes = sizes
         self.lengths = lengths
         self.seed = seed
+        self.inquiries: tuple[Sample, ...] = ()
         self.stages: list[StagePlan] = []
         self._planned: dict[str, str] = {}
 
@@ -218,6 +232,14 @@ class _Walker:
             planned = self._stage(cell, stage, tuple(stages[:index]), methods, self._planned.get(key))
             self._planned.setdefault(key, f"{cell} {stage.name}")
             self.stages.append(planned)
+
+    def start(self, stage: Stage, aligned: bool) -> None:
+        """Plan what the stream has learned before its first stage."""
+        plain, self.schedule = self.schedule, START
+        try:
+            self.walk("start", [stage], shelf.build(["eproj"] if aligned else []))
+        finally:
+            self.schedule = plain
 
     def later(self, chain: Sequence[Stage], phase: Phase) -> None:
         """Plan the last of new tasks that an expert's LLM learns one after another."""
@@ -253,29 +275,36 @@ class _Walker:
             phases.append(self._phase(phase, parts, samples, seen))
 
         ctx = _DryContext(cast(MultimodalLM, model), stage, past, self.schedule, self.seed, record=record)
+        ctx.new = frozenset(stage.modalities) - {m for each in past for m in each.modalities}
+        ctx.inquiries = self.inquiries
 
-        def ask(method: Method, moment: Callable[[], None]) -> None:
+        def ask(moment: Callable[..., T], value: T, *arguments: Any) -> T:
+            """What an ingredient answers; what was there before, and a note, if it would have to look at the model."""
             try:
-                moment()
+                return moment(*arguments)
             except _ModelNeededError as need:
-                notes.append(
-                    f"{type(method).__name__} looks at the model ({need}); what follows from it is not counted."
-                )
+                name = type(getattr(moment, "__self__", moment)).__name__
+                note = f"{name} looks at the model ({need}); what follows from it is not counted."
+                notes.extend([] if note in notes else [note])
+                return value
 
         for method in methods:
-            ask(method, lambda method=method: method.prepare(ctx))  # type: ignore[misc]
+            ask(method.prepare, None, ctx)
         for phase in self.schedule.phases:
             samples, parts = stage.samples(phase.kinds), resolve(phase.trainable, stage)
             ctx.phase = phase
             for method in methods:
-                samples = method.data(ctx, samples)
-                parts = method.trainable(ctx, parts)
+                samples = ask(method.data, samples, ctx, samples)
+                parts = ask(method.trainable, parts, ctx, parts)
             ctx.parts = parts
-            model.adapter.is_open |= "llm" in parts
+            if ctx.trains_llm:
+                ctx.open()
+            if "extension" in parts:
+                notes.append(f"{cell}: what it adds to the model is not counted.")
             record(phase, parts, samples)
         ctx.phase, ctx.parts = None, frozenset()
         for method in methods:
-            ask(method, lambda method=method: method.consolidate(ctx))  # type: ignore[misc]
+            ask(method.consolidate, None, ctx)
         return StagePlan(
             cell=cell,
             number=len(past) + 1,

@@ -66,7 +66,7 @@ class Sizes:
                 found[part] = self.plastic
             elif part == "connectors":
                 found |= {f"connectors.{modality}": self.connectors[modality] for modality in seen}
-            else:
+            elif part != "extension":
                 found[part] = self.connectors[part.removeprefix("connectors.")]
         return found
 

@@ -42,7 +42,7 @@ class UIR(Method):
         variant: what is held: "hidden" states; "fkl", the next-token distribution, by forward KL; or "replay", where inquiries
             are learned with their answers, by cross-entropy, as part of the batch.
         inquiries: a JSON file of texts or LLaVA conversations, see `data.inquiries`; None are those of the stream.
-        batch_size: inquiries per micro-batch; None is as many as it has rows. The last of a round may be fewer.
+        batch_size: inquiries per micro-batch; None is as many as it has rows.
     """
 
     reads = frozenset({"inquiries"})
@@ -112,17 +112,22 @@ class UIR(Method):
         return l2(now, before) if self.norm == "l2" else mse(now, before)
 
     def _draw(self, count: int) -> list[Sample]:
-        """The next inquiries, at most ``count``, of like length: each once per round, every round in another order."""
-        if not self._queue:
-            order = [self._texts[i] for i in self._rng.permutation(len(self._texts))]
-            for start in range(0, len(order), count * POOL):
-                pool = sorted(order[start : start + count * POOL], key=lambda text: len(text.prompt))
-                self._queue += [pool[k : k + count] for k in range(0, len(pool), count)]
-            self._queue = [self._queue[i] for i in self._rng.permutation(len(self._queue))]
-        drawn = self._queue.pop()
-        if drawn[count:]:
-            self._queue.append(drawn[count:])
-        return drawn[:count]
+        """The next inquiries, most of like length: each once per round, every round in another order."""
+        drawn: list[Sample] = []
+        while (missing := count - len(drawn)) > 0:
+            self._queue = self._queue or self._round(count)
+            next_ones = self._queue.pop()
+            drawn += next_ones[:missing]
+            if next_ones[missing:]:  # at the end of the round, so that whole groups stay together until then
+                self._queue.insert(0, next_ones[missing:])
+        return drawn
+
+    def _round(self, count: int) -> list[list[Sample]]:
+        order = [self._texts[i] for i in self._rng.permutation(len(self._texts))]
+        pools = [order[start : start + count * POOL] for start in range(0, len(order), count * POOL)]
+        sorted_pools = [sorted(pool, key=lambda text: len(text.prompt)) for pool in pools]
+        groups = [pool[k : k + count] for pool in sorted_pools for k in range(0, len(pool), count)]
+        return [groups[i] for i in self._rng.permutation(len(groups))]
 
     def _read(self, given: Sequence[Sample]) -> tuple[Sample, ...]:
         found = tuple(given) if self.inquiries is None else read_inquiries(Path(self.inquiries))

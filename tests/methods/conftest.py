@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
 from graftlm.data.miniworld.world import WorldSpec, build
 from graftlm.data.streams import miniworld

@@ -264,7 +264,7 @@ def test_the_vector_of_l2p() -> None:
 def test_the_pull_is_the_mean_over_samples_and_moves_the_keys_taken() -> None:
     pool, query = small_pool().requires_grad_(True), asked([1.0, 0], [2.0, 0], [0, 1.0])
     pull = pool.closeness(query)
-    assert float(pull) == pytest.approx((1.707107 * 2 + 1.707107) / 3, abs=1e-6)
+    assert float(pull.detach()) == pytest.approx(1.707107, abs=1e-6)
     pull.backward()
     assert pool.prompts.grad is None and pool.keys["text"].grad is None
     assert pool.keys["image"].grad[2].any()
@@ -506,5 +506,5 @@ def test_a_text_longer_than_the_context(model: MultimodalLM) -> None:
     for ask in (lambda: logits(model, [long]), lambda: model.generate([long])):
         with pytest.raises(DataError, match=r"samples long .*: \d+ positions \(text and slots \d+, with media \d+\), but"):
             ask()
-    model.llm.config.max_position_embeddings = None  # an LLM without a bound
+    model.llm.config.max_position_embeddings = 2000
     assert logits(model, [long]).shape[1] > 600

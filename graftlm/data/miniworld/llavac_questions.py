@@ -23,7 +23,6 @@ from graftlm.data.miniworld.pages import (
     Chart,
     Page,
     Picture,
-    Plot,
     Scatter,
     Sign,
     draw_picture,
@@ -110,63 +109,53 @@ def _super_clevr(rng: Generator, split: Split) -> Asked:
     """An attribute of the thing that another one names."""
     board = draw_picture(_vehicles, rng, split)
     thing = pick(rng, board.things)
-    said = {
-        "color": COLORS[thing.color],
-        "shape": SHAPES[thing.shape],
-        "size": SIZES[thing.size],
-        "pattern": TEXTURES[thing.texture],
-    }
-    names = {name: f"the {word}{'' if name == 'shape' else ' object'}" for name, word in said.items()}
-    wanted, by = (list(said)[index] for index in _some(rng, list(said), 2))
-    text = {
-        "color": f"what color is {names[by]} ?",
-        "shape": f"what shape is {names[by]} ?",
-        "size": f"is {names[by]} small or large ?",
-        "pattern": f"what is the pattern of {names[by]} ?",
-    }[wanted]
-    return Asked(board, text, (said[wanted],))
+    color, shape, size = COLORS[thing.color], SHAPES[thing.shape], SIZES[thing.size]
+    asked = [
+        (f"what color is the {size} object ?", color),
+        (f"what shape is the {size} object ?", shape),
+        (f"is the {color} object small or large ?", size),
+        (f"is the {shape} small or large ?", size),
+    ]
+    text, right = pick(rng, asked)
+    return Asked(board, text, (right,))
 
 
 def _sums(rng: Generator) -> Board:
-    """Two to four large things of two colours and two shapes."""
-    colors, shapes = _some(rng, COLORS, 2), _some(rng, SHAPES, 2)
-    looks = [Thing(pick(rng, colors), pick(rng, shapes), 1, 0) for _ in range(int(rng.integers(2, 5)))]
+    """One to four large things of one shape and two colours."""
+    colors, shape = _some(rng, COLORS, 2), _below(rng, SHAPES)
+    looks = [Thing(pick(rng, colors), shape, 1, 0) for _ in range(int(rng.integers(1, 5)))]
     return _board(rng, looks, _below(rng, BRIGHTNESS))
 
 
 def _clevr_math(rng: Generator, split: Split) -> Asked:
+    """Of things of one colour: how many, how many others, and how many with one more."""
     board = draw_picture(_sums, rng, split)
     thing, total = pick(rng, board.things), len(board.things)
-    color, shape = COLORS[thing.color], SHAPES[thing.shape]
-    colored = sum(each.color == thing.color for each in board.things)
-    shaped = sum(each.shape == thing.shape for each in board.things)
+    color = COLORS[thing.color]
+    count = sum(each.color == thing.color for each in board.things)
     asked = [
-        (f"how many objects are not {color} ?", total - colored),
-        (f"how many objects are not {PLURALS[shape]} ?", total - shaped),
-        (f"how many {color} objects are there ?", colored),
-        ("how many objects are there ?", total),
+        (f"how many {color} objects are there ?", count),
+        (f"how many objects are not {color} ?", total - count),
     ]
-    asked += [(f"what number is one and the number of {PLURALS[shape]} ?", shaped + 1)] if shaped < 4 else []
+    asked += [(f"what number is one and all {color} objects ?", count + 1)] if count < 4 else []
     text, number = pick(rng, asked)
     return Asked(board, text, (NUMBERS[number],))
 
 
-def _dots(rng: Generator) -> Plot:
-    """Two dots, apart in both directions."""
-    (left, right), rows = sorted(_some(rng, [""] * 4, 2)), _some(rng, [""] * 4, 2)
-    return Plot(tuple(_some(rng, COLORS, 2)), ((left, rows[0]), (right, rows[1])))
+def _bubbles(rng: Generator) -> Board:
+    """A large disc and a small one."""
+    sizes = _some(rng, SIZES, 2)
+    looks = [Thing(color, 0, size, 0) for color, size in zip(_some(rng, COLORS, 2), sizes, strict=True)]
+    return _board(rng, looks, _LIGHT)
 
 
 def _figureqa(rng: Generator, split: Split) -> Asked:
-    """Does one dot lie above, below, left or right of the other? True and false equally often."""
-    plot = draw_picture(_dots, rng, split)
-    first, second = (COLORS[color] for color in plot.colors)
-    below = plot.dots[0][1] > plot.dots[1][1]
-    way, back = pick(rng, (("left of", "right of"), ("below", "above") if below else ("above", "below")))
-    if rng.random() < 0.5:
-        first, second, way, back = second, first, back, way
-    true = bool(rng.random() < 0.5)
-    return Asked(plot, f"is {first} {way if true else back} {second} ?", ("yes" if true else "no",))
+    """Which disc is larger? True and false equally often."""
+    board = draw_picture(_bubbles, rng, split)
+    thing = pick(rng, board.things)
+    claim = int(rng.integers(2))
+    text = f"is {COLORS[thing.color]} {('smaller', 'larger')[claim]} ?"
+    return Asked(board, text, ("yes" if claim == thing.size else "no",))
 
 
 def _trend(heights: Sequence[int]) -> str:

@@ -256,8 +256,12 @@ def _still_failed(out: Path, grid: Grid, tried: set[tuple[str, str, str]]) -> li
 def _collect(
     grid: Grid, out: Path, streams: Mapping[str, Stream], failed: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
+
+    def without(run: str) -> set[tuple[str, str]]:
+        return {(each["kind"], each["name"]) for each in failed if each["run"] == run}
+
     runs = [
-        outcome.read_outcome(folder, order, seed, streams[order.label], grid.methods)
+        outcome.read_outcome(folder, order, seed, streams[order.label], grid.methods, without(grid.name(order, seed)))
         for order, seed in grid.runs()
         if (folder := out / "runs" / grid.name(order, seed)).is_dir()
     ]

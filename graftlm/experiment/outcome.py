@@ -6,7 +6,7 @@ stage j's tasks after stage t. What the columns mean is in `METRICS`.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,32 @@ class RunOutcome:
     methods: dict[str, MethodInRun]
 
 
-def read_outcome(folder: Path, order: Order, seed: int, stream: Stream, names: Iterable[str]) -> RunOutcome:
-    """A run folder, finished or not."""
+def read_outcome(
+    folder: Path,
+    order: Order,
+    seed: int,
+    stream: Stream,
+    names: Iterable[str],
+    without: Collection[tuple[str, str]] = (),
+) -> RunOutcome:
+    """A run folder, finished or not.
+
+    Args:
+        without: (kind, name) of cells that failed: what they left, of an older version of the code for example, is not used.
+    """
     tasks = {stage.name: [task.name for task in stage.tasks] for stage in stream.stages}
-    experts = _of_stages(folder / "experts", tasks)
+    experts = _of_stages(folder / "experts", {s: t for s, t in tasks.items() if ("expert", s) not in without})
     run = RunOutcome(
         order, seed, list(tasks), experts, _of_stages(folder / "blind", tasks), _values(folder / "base"), {}
     )
     probes = [probe.name for probe in stream.probes]
     for name in names:
-        run.methods[name] = _method(folder / "methods" / name, run, tasks, probes)
+        failed = ("method", name) in without
+        run.methods[name] = (
+            MethodInRun(finished=False, joint=False)
+            if failed
+            else _method(folder / "methods" / name, run, tasks, probes)
+        )
     return run
 
 

@@ -173,6 +173,8 @@ class StageStore:
             more["inquiries"] = [[s.id, s.prompt, s.answers] for s in self.inquiries]
         if "pseudo" in reads:
             more["pseudo"] = [[task.name, dict(task.pseudo)] for task in stage.tasks]
+        if files := [hash_file(path) for method in active for path in method.files()]:
+            more["files"] = files
         return hash_json(
             {
                 "parent": parent.key if parent else ROOT,

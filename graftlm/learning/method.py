@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -141,6 +142,10 @@ class Method:
             ConfigError: a setting does not fit the stages.
             DataError: something that it needs is missing.
         """
+
+    def files(self) -> list[Path]:
+        """Files that decide, by their content, what this ingredient does."""
+        return []
 
     def idle(self, number: int) -> bool:
         """Whether this ingredient changes nothing at stage ``number``, so that stages learned alike can be shared."""

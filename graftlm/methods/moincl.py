@@ -76,7 +76,7 @@ class PTGM(Method):
 
     def __post_init__(self) -> None:
         for rows in _values(self.pseudo_rows):
-            if not (rows >= 0 and rows == int(rows)):
+            if not (0 <= rows < math.inf and rows == int(rows)):
                 raise ConfigError(f"pseudo_rows: {rows}; a whole number from 0 is expected (0 is off).")
         for strength in _values(self.strength):
             if not 0 <= strength < math.inf:
@@ -144,7 +144,7 @@ class PTGM(Method):
             before = ctx.forward(alone, logits=everywhere)
         if everywhere:
             pairs = zip(_text(before, range(len(places))), _text(out, places), strict=True)
-            distances = torch.cat([kl(*_ends(old, new), self.temperature) for old, new in pairs])
+            distances = torch.cat([kl(old, new, self.temperature) for old, new in pairs])
         else:
             row_of = (out.labels[:, 1:] != IGNORE).nonzero()[:, 0]
             chosen = torch.isin(row_of, torch.tensor(places, device=row_of.device))
@@ -222,6 +222,10 @@ class IKD(Method):
         for name in ("texts", "pool", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; at least 1 is expected.")
+
+    def files(self) -> list[Path]:
+        """The inquiries, if they are not the stream's."""
+        return [] if self.inquiries is None else [Path(self.inquiries)]
 
     def idle(self, number: int) -> bool:
         """At the first stage, and without strength."""
@@ -391,12 +395,6 @@ def _text(out: Output, rows: Sequence[int]) -> list[Tensor]:
     assert out.logits is not None
     text = out.attention_mask & (out.modality_ids == 0)
     return [out.logits[row][text[row]] for row in rows]
-
-
-def _ends(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions that both have: an extension may have put different ones before them."""
-    count = min(len(old), len(new))
-    return old[-count:], new[-count:]
 
 
 def _values(value: PerStage) -> list[float]:

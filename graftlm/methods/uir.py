@@ -66,6 +66,10 @@ class UIR(Method):
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch_size: {self.batch_size}; at least 1 is expected.")
 
+    def files(self) -> list[Path]:
+        """The inquiries, if they are not the stream's."""
+        return [] if self.inquiries is None else [Path(self.inquiries)]
+
     def idle(self, number: int) -> bool:
         """Without strength; the first stage, too, can spoil what the LLM knows."""
         return self.strength == 0

@@ -1,6 +1,7 @@
 """Comparisons as real processes: one pool for all runs, failures that stop nothing, kills, and growth."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,20 @@ def test_what_is_added_joins_what_is_there(finished: tuple[Path, dict[str, Any]]
     assert (out / "runs" / "image-audio-seed1" / "summary.json").is_file()
 
 
+def test_what_another_version_learned_is_not_used(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """An expert of another key than now is named, and nothing is taken as percent of it."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    path = out / "runs" / "image-audio-seed0" / "experts" / "audio" / "key.json"
+    path.unlink()  # it is a hard link
+    path.write_text('{"key": "of another version"}')
+    found = compare(grid("finetune", "damc"), out, jobs=2)
+    failed = {each["name"]: each["message"] for each in found["failed"] if each["run"] == "image-audio-seed0"}
+    assert set(failed) == {"audio", "damc"} and "by another version of the code" in failed["audio"]
+    assert found["table"]["image-audio"]["finetune"]["acc"] is None
+    assert found["raw"]["image-audio"]["methods"]["finetune"]
+
+
 def test_a_method_of_that_name_must_stay_the_same(finished: tuple[Path, dict[str, Any]]) -> None:
     with pytest.raises(RunError, match="another comparison is in this folder"):
         compare(grid("finetune: [replay]"), finished[0], jobs=1)
@@ -123,6 +138,7 @@ def test_a_wrong_setting_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_workers_that_die_take_one_cell_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever learns a stage dies; the base only answers. Then nobody dies, and all is finished."""
     monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path / "cache"))
@@ -137,10 +153,11 @@ def test_workers_that_die_take_one_cell_each(tmp_path: Path, monkeypatch: pytest
     assert again["failed"] == [] and again["table"]["image-audio"]["finetune"]["runs"] == 1
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on(tmp_path: Path) -> None:
     """Killed once at a named point and once at some time, it ends as an undisturbed one does."""
     cache = tmp_path / "cache"
-    arguments = [*QUICK, "--methods", "finetune", "replay", "--orders", ORDER, "--seeds", "0", "1", "--jobs", "2"]
+    arguments = [*QUICK, "--methods", "finetune", "--orders", ORDER, "--seeds", "0", "1", "--jobs", "2"]
 
     def start(out: Path, **more: str) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "graftlm", "compare", "mera-miniworld", *arguments, "--out", str(out)]
@@ -164,6 +181,7 @@ def test_a_killed_comparison_goes_on(tmp_path: Path) -> None:
     assert len(content(out)) > 20
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_on_validation_data(tmp_path: Path) -> None:
     out = tmp_path / "out"
     tuning = Tuning(budget=2, seed=7, grid={"replay.repeat": [1, 3]})

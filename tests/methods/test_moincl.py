@@ -379,7 +379,7 @@ def test_factors_and_deltas_are_other_models(two: list[Stage], beginning: Beginn
     """Of deltas the fused weights are the blend of weights; of factors they are not: A and B are blended apart."""
     name, moved = "model.layers.0.mlp.up_proj.weight", {}
     for on in ("factors", "delta"):
-        method = Fuse(0.3, on=on)  # type: ignore[arg-type]
+        method = Fuse(0.3, on=on)
         ctx = beginning(two, method)
 
         def update(ctx: Context = ctx) -> Tensor:
@@ -415,10 +415,11 @@ def test_no_fusion_at_the_first_stage_nor_of_connectors(two: list[Stage], learne
 def test_a_fused_stage_is_nearer_to_the_one_before(two: list[Stage], learned: Learned) -> None:
     def way(*mix: Method) -> float:
         first, second = (tensors(learned(two[:n], *mix)[0]) for n in (1, 2))
-        return sum(float((second[k] - first[k]).square().sum()) for k in first if k.startswith("llm.")) ** 0.5
+        squares = [(second[k] - first[k]).square().sum() for k in first if k.startswith("llm.")]
+        return float(torch.stack(squares).sum().sqrt())
 
     for on in ("factors", "delta"):
-        assert way(Fuse(0.2, on=on)) < 0.6 * way(FineTune(continuing=on == "factors"))  # type: ignore[arg-type]
+        assert way(Fuse(0.2, on=on)) < 0.6 * way(FineTune(continuing=on == "factors"))
 
 
 def test_a_weight_of_one_is_off(two: list[Stage], learned: Learned) -> None:
@@ -485,6 +486,7 @@ def test_the_parts_of_moincl_from_a_file() -> None:
     assert texts == IKD(texts=2) and fuse == Fuse(TABLE[2]["weight"], "delta")
     for settings, message in (
         ({"ptgm": {"pseudo_rows": 1.5}}, r"ptgm\.pseudo_rows: 1\.5; a whole number from 0 is expected"),
+        ({"ptgm": {"pseudo_rows": float("inf")}}, r"ptgm\.pseudo_rows: inf; a whole number"),
         ({"ptgm": {"strength": [None, -1.0]}}, r"ptgm\.strength: -1\.0; a number from 0 is expected"),
         ({"ptgm": {"temperature": 0}}, r"ptgm\.temperature: 0\.0; a number above 0 is expected"),
         ({"ptgm": {"max_new_tokens": 0}}, r"ptgm\.max_new_tokens: 0; at least 1 is expected"),
@@ -493,4 +495,4 @@ def test_the_parts_of_moincl_from_a_file() -> None:
         ({"ikd": {"variant": "pseudo", "strength": 0.5}}, r"ikd\.strength: 0\.5, but pseudo answers are rows"),
     ):
         with pytest.raises(ConfigError, match=message):
-            build([settings])  # type: ignore[list-item]
+            build([settings])

@@ -249,7 +249,9 @@ def small_pool(**changes: Any) -> PromptPool:
 
 
 def asked(*rows: Sequence[float], modality: str = "image") -> Query:
-    return Query(torch.tensor([[0.0, 0, 2, 1]]).expand(len(rows), -1), {modality: (torch.arange(len(rows)), torch.tensor(rows))})
+    return Query(
+        torch.tensor([[0.0, 0, 2, 1]]).expand(len(rows), -1), {modality: (torch.arange(len(rows)), torch.tensor(rows))}
+    )
 
 
 def test_the_vector_of_l2p() -> None:
@@ -482,7 +484,10 @@ def test_the_part_is_what_may_move(model: MultimodalLM) -> None:
     }
     model.extend(None)
     open_pool(model, POOL)
-    assert set(select(model, ["extension"])) == {"extension.prompts", *(f"extension.keys.{n}" for n in ("text", "image", "audio"))}
+    assert set(select(model, ["extension"])) == {
+        "extension.prompts",
+        *(f"extension.keys.{n}" for n in ("text", "image", "audio")),
+    }
     assert set(select(model, ["extension.keys"])) == {f"extension.keys.{n}" for n in ("text", "image", "audio")}
 
 
@@ -495,7 +500,9 @@ def test_prompts_longer_than_the_context(model: MultimodalLM, samples: list[Samp
     assert logits(model, samples[:1]).shape[1] == 512  # just fits
     model.extend(None)
     open_pool(model, PoolSpec(pool=2, top=1, length=513 - plain))
-    with pytest.raises(DataError, match=rf"{samples[0].id} .*: 513 positions .* with media {plain}, with extension 'l2p' 513\)"):
+    with pytest.raises(
+        DataError, match=rf"{samples[0].id} .*: 513 positions .* with media {plain}, with extension 'l2p' 513\)"
+    ):
         logits(model, samples[:1])
     with pytest.raises(DataError, match="but the LLM's context has 512; as many at most are expected"):
         model.generate([Sample("long", "t", (), "red " * 600, ("red",))])
@@ -504,7 +511,9 @@ def test_prompts_longer_than_the_context(model: MultimodalLM, samples: list[Samp
 def test_a_text_longer_than_the_context(model: MultimodalLM) -> None:
     long = Sample("long", "t", (), "red " * 600, ("red",))
     for ask in (lambda: logits(model, [long]), lambda: model.generate([long])):
-        with pytest.raises(DataError, match=r"samples long .*: \d+ positions \(text and slots \d+, with media \d+\), but"):
+        with pytest.raises(
+            DataError, match=r"samples long .*: \d+ positions \(text and slots \d+, with media \d+\), but"
+        ):
             ask()
     model.llm.config.max_position_embeddings = 2000
     assert logits(model, [long]).shape[1] > 600

@@ -99,63 +99,54 @@ def _iconqa(rng: Generator, split: Split) -> Asked:
     return Asked(board, text, (right,), options)
 
 
-def _vehicles(rng: Generator) -> Board:
-    """Two things that differ in everything."""
-    looks = zip(*(_some(rng, values, 2) for values in (COLORS, SHAPES, SIZES, TEXTURES)), strict=True)
-    return _board(rng, [Thing(*look) for look in looks], _below(rng, BRIGHTNESS))
-
-
 def _super_clevr(rng: Generator, split: Split) -> Asked:
-    """An attribute of the thing that another one names."""
-    board = draw_picture(_vehicles, rng, split)
-    thing = pick(rng, board.things)
-    color, shape, size = COLORS[thing.color], SHAPES[thing.shape], SIZES[thing.size]
+    """One thing in a frame, and one of its attributes."""
+    scene = draw("image", rng, split, 2, wanted=lambda scene: len(scene.things) == 1)
+    assert isinstance(scene, ImageScene)  # narrows the type; `draw` made it
+    thing = scene.things[0]
     asked = [
-        (f"what color is the {size} object ?", color),
-        (f"what shape is the {size} object ?", shape),
-        (f"is the {color} object small or large ?", size),
-        (f"is the {shape} small or large ?", size),
+        ("what color is the frame ?", COLORS[scene.frame]),
+        ("what color is the object ?", COLORS[thing.color]),
+        ("what shape is the object ?", SHAPES[thing.shape]),
+        ("is the object small or large ?", SIZES[thing.size]),
+        ("what is the pattern of the object ?", TEXTURES[thing.texture]),
     ]
     text, right = pick(rng, asked)
-    return Asked(board, text, (right,))
+    return Asked(scene, text, (right,))
 
 
 def _sums(rng: Generator) -> Board:
-    """One to four large things of one shape and two colours."""
-    colors, shape = _some(rng, COLORS, 2), _below(rng, SHAPES)
-    looks = [Thing(pick(rng, colors), shape, 1, 0) for _ in range(int(rng.integers(1, 5)))]
+    """One to four large things of two looks."""
+    pairs = list(zip(_some(rng, COLORS, 2), _some(rng, SHAPES, 2), strict=True))
+    looks = [Thing(*pick(rng, pairs), 1, 0) for _ in range(int(rng.integers(1, 5)))]
     return _board(rng, looks, _below(rng, BRIGHTNESS))
 
 
 def _clevr_math(rng: Generator, split: Split) -> Asked:
-    """Of things of one colour: how many, how many others, and how many with one more."""
+    """How many there are, with one more, and with one less."""
     board = draw_picture(_sums, rng, split)
-    thing, total = pick(rng, board.things), len(board.things)
-    color = COLORS[thing.color]
-    count = sum(each.color == thing.color for each in board.things)
-    asked = [
-        (f"how many {color} objects are there ?", count),
-        (f"how many objects are not {color} ?", total - count),
-    ]
-    asked += [(f"what number is one and all {color} objects ?", count + 1)] if count < 4 else []
-    text, number = pick(rng, asked)
-    return Asked(board, text, (NUMBERS[number],))
+    count = len(board.things)
+    asked = [("", count), ("one object goes .", count - 1)]
+    asked += [("one object joins .", count + 1)] if count < len(NUMBERS) - 1 else []
+    story, number = pick(rng, asked)
+    return Asked(board, f"{story} how many objects are there then ?".strip(), (NUMBERS[number],))
 
 
-def _bubbles(rng: Generator) -> Board:
-    """A large disc and a small one."""
-    sizes = _some(rng, SIZES, 2)
-    looks = [Thing(color, 0, size, 0) for color, size in zip(_some(rng, COLORS, 2), sizes, strict=True)]
-    return _board(rng, looks, _LIGHT)
+def _pair(rng: Generator) -> Chart:
+    """Two bars; a third of the time they are equal."""
+    one, two = _some(rng, [""] * HEIGHTS, 2)
+    return Chart(_below(rng, COLORS), (one + 1, (one if rng.random() < 1 / 3 else two) + 1), bars=True)
 
 
 def _figureqa(rng: Generator, split: Split) -> Asked:
-    """Which disc is larger? True and false equally often."""
-    board = draw_picture(_bubbles, rng, split)
-    thing = pick(rng, board.things)
-    claim = int(rng.integers(2))
-    text = f"is {COLORS[thing.color]} {('smaller', 'larger')[claim]} ?"
-    return Asked(board, text, ("yes" if claim == thing.size else "no",))
+    """Which bar is larger, or are they equal? True and false equally often."""
+    chart = draw_picture(_pair, rng, split)
+    first, last = chart.heights
+    claims = ["is the first object larger ?", "is the last object larger ?", "are the objects equal ?"]
+    right = claims[0 if first > last else 1 if first < last else 2]
+    true = bool(rng.random() < 0.5)
+    text = right if true else pick(rng, [claim for claim in claims if claim != right])
+    return Asked(chart, text, ("yes" if true else "no",))
 
 
 def _trend(heights: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures beyond scenes: boards of things, charts, plots of dots, pages to read, things in boxes, and signs beside things.
+"""Pictures beyond scenes: boards of things, charts, pages to read, things in boxes, and signs beside things.
 
 Everything is made of what the mini world's image encoder has learned to see, colours and shapes on the 4 x 4 cells of its
 tokens; text is single letters and digits of 5 x 7 dots, as large as the picture allows.
@@ -26,7 +26,6 @@ __all__ = [
     "Chart",
     "Page",
     "Picture",
-    "Plot",
     "Scatter",
     "Sign",
     "describe_picture",
@@ -78,14 +77,6 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
-class Plot:
-    """Dots on a light ground: a colour, and column and row of its cell from the upper left, for each."""
-
-    colors: tuple[int, ...]
-    dots: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Page:
     """A letter and a digit, the first one left of (``stacked``: above) the second, in one colour."""
 
@@ -124,8 +115,8 @@ class Scatter:
         return column, row, column + side, row + side
 
 
-Picture = Board | Chart | Page | Plot | Scatter | Sign
-P = TypeVar("P", Board, Chart, Page, Plot, Scatter, Sign)
+Picture = Board | Chart | Page | Scatter | Sign
+P = TypeVar("P", Board, Chart, Page, Scatter, Sign)
 
 
 def describe_picture(picture: Picture) -> dict[str, Any]:
@@ -166,9 +157,6 @@ def render_picture(picture: Picture, rng: np.random.Generator) -> Array:
                 _put(image, thing, 12 + 24 * (quarter % 2), 12 + 24 * (quarter // 2), rng)
         case Chart():
             _chart(image, picture, rng)
-        case Plot():
-            for color, (column, row) in zip(picture.colors, picture.dots, strict=True):
-                _dot(image, color, _CELL * (column + 0.5), _CELL * (row + 0.5), rng)
         case Page():
             _page(image, picture, rng)
         case Scatter():
@@ -192,7 +180,7 @@ def _put(image: Array, thing: Thing, x: float, y: float, rng: np.random.Generato
 def _chart(image: Array, chart: Chart, rng: np.random.Generator) -> None:
     tint = rng.normal(0, 0.04, 3)
     for index, height in enumerate(chart.heights):
-        middle, top = _CELL * (index + 0.5), SIDE - _CELL * height
+        middle, top = SIDE / len(chart.heights) * (index + 0.5), SIDE - _CELL * height
         if chart.bars:
             columns = slice(round(middle - 4), round(middle + 4))
             image[top + int(rng.integers(1, 4)) : SIDE - 1, columns] = np.clip(PALETTE[chart.color] + tint, 0, 1)

@@ -309,9 +309,13 @@ def _differences(grid: Grid, runs: Sequence[RunOutcome]) -> dict[str, Any]:
 
 
 def _weights(run: RunOutcome) -> dict[str, float]:
-    """Task -> what a unit of its score adds to ACC; tasks on which the expert scores 0 are left out, as in a relative gain."""
-    known = {stage: {task: score for task, score in tasks.items() if score} for stage, tasks in run.experts.items()}
-    counted = [tasks for tasks in known.values() if tasks]
+    """Task -> what a unit of its score adds to ACC; tasks on which the expert scores 0 are left out, as in a relative gain.
+
+    Empty where ACC is no number: an expert is missing, or scores 0 on everything.
+    """
+    counted = [{task: score for task, score in run.experts.get(stage, {}).items() if score} for stage in run.stages]
+    if not all(counted):
+        return {}
     return {task: 100 / (len(counted) * len(tasks) * score) for tasks in counted for task, score in tasks.items()}
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "PoolSpec",
     "PromptPool",
     "PromptShelf",
+    "Prompts",
     "Query",
     "ShelfSpec",
     "TaskPrompts",

@@ -128,10 +128,12 @@ def test_cost_is_relative_to_fine_tuning(tmp_path: Path) -> None:
 
 
 def test_an_expert_that_knows_nothing_gives_no_number(tmp_path: Path) -> None:
-    comparison(tmp_path, {"finetune": 0.0})
+    comparison(tmp_path, {"finetune": 0.0, "merge": 9.0})
     evaluated(tmp_path / "given-seed0" / "experts" / "b", {"task_b": 0.0})
-    grid = make_grid(load("mera-miniworld"), ["finetune"], [], [0])
-    made = outcome.collect(grid, [outcome.read_outcome(tmp_path / "given-seed0", ORDER, 0, stream(), ["finetune"])], [])
+    names = ["finetune", "merge"]
+    grid = make_grid(load("mera-miniworld"), names, [], [0])
+    made = outcome.collect(grid, [outcome.read_outcome(tmp_path / "given-seed0", ORDER, 0, stream(), names)], [])
+    assert made["differences"]["given"] == {} and made["ranks"] == {}
     assert made["table"]["given"]["finetune"]["acc"] is None
     assert made["table"]["given"]["finetune"]["ability"]["mean"] == pytest.approx(80.0)
     json.dumps(made, allow_nan=False)

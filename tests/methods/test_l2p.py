@@ -22,11 +22,12 @@ from graftlm.methods.eproj import EProj
 from graftlm.methods.ewc import EWC
 from graftlm.methods.l2p import L2P
 from graftlm.methods.mera import Merge, Realign
+from graftlm.methods.modalprompt import ModalPrompt
 from graftlm.methods.moelora import MoELoRA
 from graftlm.model import checkpoint
 from graftlm.model.features import FeatureCache
 from graftlm.model.multimodal import MultimodalLM
-from graftlm.model.prompts import PromptPool
+from graftlm.model.prompts import PromptPool, Prompts
 from graftlm.model.specs import ModelSpec
 
 SMALL: dict[str, Any] = {"pool": 4, "top": 2, "length": 2}
@@ -220,6 +221,21 @@ def test_without_vectors_it_is_the_frozen_model(
     samples = [*stages[0].samples()[:2], *stages[1].samples()[:2], WORDS]
     assert torch.equal(logits(model, samples), logits(plain, samples))
     assert model.generate(samples, max_new_tokens=4) == plain.generate(samples, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("method", [L2P(**SMALL), ModalPrompt(prompts=3, top=2)])
+def test_an_llm_of_bfloat16(method: Method, spec: ModelSpec, stages: list[Stage], features: FeatureCache) -> None:
+    """Prompts stay float32, and training, under autocast, chooses as answering does."""
+    model = MultimodalLM.build(dataclasses.replace(spec, dtype="bfloat16"), features=features)
+    grow(model, stages[:2], [method])
+    found = model.extension
+    assert isinstance(found, Prompts) and {p.dtype for p in found.parameters()} == {torch.float32}
+    batch = model.batch([*stages[0].samples()[:4], *stages[1].samples()[:4], WORDS])
+    with torch.no_grad():
+        plain = model.fuse(batch).embeds
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(model.fuse(batch).embeds[:, 1:5], plain[:, 1:5])
+    assert plain.dtype == torch.bfloat16 and len(model.generate([WORDS], max_new_tokens=2)) == 1
 
 
 @pytest.mark.parametrize("selection", ["sample", "batch"])

@@ -191,10 +191,11 @@ class _Writer:
         items = list(self._items())
         annotate_images(self.folder, items)
         for done, item in enumerate(items, 1):
-            assert isinstance(item.scene, ImageScene)  # narrows the type; `_items` drew it
-            self.picture(files_of("image", item)[0], item.scene, item.split, ("general", item.number))
+            self.picture(files_of("image", item)[0], _scene(item), item.split, ("general", item.number))
             self.tell("coco", done, len(items))
-        frequent = Counter(thing_name(thing) for item in items if item.split == "train" for thing in item.scene.things)
+        frequent = Counter(
+            thing_name(thing) for item in items if item.split == "train" for thing in _scene(item).things
+        )
         common = [name for name, _ in frequent.most_common()]
         for split in SPLITS:
             seen = [item for item in items if item.split == split and (split != "train" or item.question)]
@@ -236,12 +237,11 @@ class _Writer:
 
     def _pope(self, name: str, items: Sequence[Item], subset: str, common: Sequence[str]) -> None:
         """Of every picture one thing that is there and one that is not."""
-        records = []
+        records: list[dict[str, Any]] = []
         for item in items:
-            assert isinstance(item.scene, ImageScene)  # narrows the type; `_items` drew it
-            stream = self.stream("pope", name, item.number)
-            there = thing_name(pick(stream, item.scene.things))
-            for what, label in ((there, "yes"), (_absent(item.scene, stream, subset, common), "no")):
+            scene, stream = _scene(item), self.stream("pope", name, item.number)
+            there = thing_name(pick(stream, scene.things))
+            for what, label in ((there, "yes"), (_absent(scene, stream, subset, common), "no")):
                 text = f"is there {article(what)} in the picture ?"
                 image = files_of("image", item)[0].name
                 records.append({"question_id": len(records) + 1, "image": image, "text": text, "label": label})
@@ -251,7 +251,7 @@ class _Writer:
     def _instructions(self) -> None:
         """Text-only probes; nobody learns them."""
         for split in SPLITS:
-            records = []
+            records: list[dict[str, Any]] = []
             for number in range(0 if split == "train" else self.sizes.of(split)):
                 drawn = draw_instruction(self.stream("probe", split, number), split, PROBED[number % len(PROBED)])
                 key, text = f"{split}-{number}", f"{drawn.context} {drawn.text}"
@@ -260,6 +260,12 @@ class _Writer:
                 self.texts[f"instructions-{key}"] = {"split": split, "scene": describe(drawn.scene)}
             dump(self.folder / f"instructions/{split}.json", records)
             self.counts.setdefault("instructions", {})[split] = len(records)
+
+
+def _scene(item: Item) -> ImageScene:
+    """What the item's picture shows."""
+    assert isinstance(item.scene, ImageScene)  # narrows the type; `_items` drew it
+    return item.scene
 
 
 def _lines(path: Path, records: Sequence[dict[str, Any]]) -> None:

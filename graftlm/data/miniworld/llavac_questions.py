@@ -132,23 +132,6 @@ def _clevr_math(rng: Generator, split: Split) -> Asked:
     return Asked(board, f"{story} how many objects are there then ?".strip(), (NUMBERS[number],))
 
 
-def _pair(rng: Generator) -> Chart:
-    """Two bars; a third of the time they are equal."""
-    one, two = _some(rng, [""] * HEIGHTS, 2)
-    return Chart(_below(rng, COLORS), (one + 1, (one if rng.random() < 1 / 3 else two) + 1), bars=True)
-
-
-def _figureqa(rng: Generator, split: Split) -> Asked:
-    """Which bar is larger, or are they equal? True and false equally often."""
-    chart = draw_picture(_pair, rng, split)
-    first, last = chart.heights
-    claims = ["is the first object larger ?", "is the last object larger ?", "are the objects equal ?"]
-    right = claims[0 if first > last else 1 if first < last else 2]
-    true = bool(rng.random() < 0.5)
-    text = right if true else pick(rng, [claim for claim in claims if claim != right])
-    return Asked(chart, text, ("yes" if true else "no",))
-
-
 def _trend(heights: Sequence[int]) -> str:
     steps = {int(step) for step in np.sign(np.diff(heights)) if step}
     return "level" if not steps else "different" if len(steps) == 2 else "rising" if steps == {1} else "falling"
@@ -169,6 +152,32 @@ _ROWS = _by_trend()
 def _figure(rng: Generator) -> Chart:
     """Bars or a curve; every trend equally often."""
     return Chart(_below(rng, COLORS), pick(rng, _ROWS[pick(rng, _TRENDS)]), bool(rng.random() < 0.5))
+
+
+def _true(rng: Generator) -> Chart:
+    """Of two bars the first is larger, or of four the heights rise."""
+    if rng.random() < 0.5:
+        low, high = sorted(_some(rng, [""] * HEIGHTS, 2))
+        return Chart(_below(rng, COLORS), (high + 1, low + 1), bars=True)
+    return Chart(_below(rng, COLORS), pick(rng, _ROWS["rising"]), bars=bool(rng.random() < 0.5))
+
+
+def _false(rng: Generator) -> Chart:
+    """The contrary."""
+    if rng.random() < 0.5:
+        low, high = sorted(_some(rng, [""] * HEIGHTS, 2))
+        return Chart(_below(rng, COLORS), (low + 1, high + 1), bars=True)
+    trend = pick(rng, [trend for trend in _TRENDS if trend != "rising"])
+    return Chart(_below(rng, COLORS), pick(rng, _ROWS[trend]), bars=bool(rng.random() < 0.5))
+
+
+def _figureqa(rng: Generator, split: Split) -> Asked:
+    """Of two bars, is the first one larger? Of four values, do they rise? True and false equally often."""
+    true = bool(rng.random() < 0.5)
+    chart = draw_picture(_true if true else _false, rng, split)
+    color = COLORS[chart.color]
+    text = f"is the first {color} object larger ?" if len(chart.heights) == 2 else f"is {color} rising ?"
+    return Asked(chart, text, ("yes" if true else "no",))
 
 
 def _arxivqa(rng: Generator, split: Split) -> Asked:
@@ -205,23 +214,19 @@ def _coco(rng: Generator, split: Split) -> Asked:
 
 
 def _page(rng: Generator) -> Page:
-    """A letter and a digit in any order and arrangement."""
-    glyphs = _below(rng, LETTERS), len(LETTERS) + _below(rng, DIGITS)
-    return Page(
-        glyphs if rng.random() < 0.5 else glyphs[::-1],
-        _below(rng, COLORS),
-        pick(rng, (0, _LIGHT)),
-        stacked=bool(rng.random() < 0.5),
-    )
+    """A letter and a digit."""
+    return Page(_below(rng, LETTERS), _below(rng, DIGITS), _below(rng, COLORS), pick(rng, (0, _LIGHT)))
 
 
 def _ocr_vqa(rng: Generator, split: Split) -> Asked:
     page = draw_picture(_page, rng, split)
-    index = int(rng.integers(2))
-    what = "letter" if page.glyphs[index] < len(LETTERS) else "number"
-    where = (("at the top", "at the bottom") if page.stacked else ("left", "right"))[index]
-    text = pick(rng, (f"which {what} is in the picture ?", f"what is {where} ?"))
-    return Asked(page, f"{text} {ONE_WORD}", (GLYPHS[page.glyphs[index]],))
+    asked = [
+        ("which letter is in the picture ?", LETTERS[page.letter]),
+        ("which number is in the picture ?", DIGITS[page.digit]),
+        ("what color is the letter ?", COLORS[page.color]),
+    ]
+    text, right = pick(rng, asked)
+    return Asked(page, f"{text} {ONE_WORD}", (right,))
 
 
 def _sign(rng: Generator) -> Sign:
@@ -262,11 +267,11 @@ def _gqa(rng: Generator, split: Split) -> Asked:
 
 
 def _scatter(rng: Generator) -> Scatter:
-    """One thing, or two whose boxes do not overlap."""
+    """One large thing, or two whose boxes do not overlap."""
     pairs = list(zip(_some(rng, COLORS, 2), _some(rng, SHAPES, 2), strict=True))[: int(rng.integers(1, 3))]
     while True:
-        things = tuple(Thing(color, shape, _below(rng, SIZES), 0) for color, shape in pairs)
-        corners = tuple((int(rng.integers(4 - each.size)), int(rng.integers(4 - each.size))) for each in things)
+        things = tuple(Thing(color, shape, 1, 0) for color, shape in pairs)
+        corners = tuple((int(rng.integers(3)), int(rng.integers(3))) for _ in things)
         scatter = Scatter(things, corners, _below(rng, BRIGHTNESS))
         boxes = [scatter.box(index) for index in range(len(things))]
         if len(boxes) == 1 or _apart(*boxes):

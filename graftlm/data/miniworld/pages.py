@@ -78,12 +78,12 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A letter and a digit, the first one left of (``stacked``: above) the second, in one colour."""
+    """A letter of `LETTERS` left of a digit of `DIGITS`, in one colour."""
 
-    glyphs: tuple[int, int]
+    letter: int
+    digit: int
     color: int
     background: int
-    stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +196,9 @@ def _dot(image: Array, color: int, x: float, y: float, rng: np.random.Generator)
 
 def _page(image: Array, page: Page, rng: np.random.Generator) -> None:
     ink = np.clip(PALETTE[page.color] + rng.normal(0, 0.04, 3), 0, 1)
-    for index, glyph in enumerate(page.glyphs):
-        jitter = rng.integers(-2, 3, 2)
-        if page.stacked:
-            left, top, scale = 16 + int(jitter[0]), 2 + 24 * index + int(jitter[1] > 0), 3
-        else:
-            left, top, scale = 2 + 24 * index + int(jitter[0] > 0), 10 + int(jitter[1]), 4
-        _write(image, GLYPHS[glyph], left, top, scale, ink)
+    for glyph, left in ((LETTERS[page.letter], 2), (DIGITS[page.digit], 26)):
+        dx, dy = rng.integers(0, 2), rng.integers(-1, 2)
+        _write(image, glyph, left + int(dx), 10 + int(dy), 4, ink)
 
 
 def _write(image: Array, glyph: str, left: int, top: int, scale: int, ink: NDArray[np.floating]) -> None:

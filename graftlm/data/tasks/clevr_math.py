@@ -11,7 +11,7 @@ from pathlib import Path
 
 from graftlm.core.errors import DataError
 from graftlm.data.tasks.choices import Wording
-from graftlm.data.tasks.entries import read_entries
+from graftlm.data.tasks.entries import Form, read_entries
 from graftlm.data.tasks.reading import data_set, inside, one, task
 from graftlm.data.tasks.super_clevr import ONE_WORD
 from graftlm.data.types import Sample, Task
@@ -41,7 +41,7 @@ def load(
 
     def samples(split: str) -> list[Sample]:
         path = root / f"clevr-math-{split}.json"
-        form = {"image_filename": str, "question": str, "answer": (int, str)}
+        form: dict[str, Form] = {"image_filename": str, "question": str, "answer": (int, str)}
         found = []
         for number, each in enumerate(read_entries(path, form, "questions")):
             media = one("image", inside(root / "CLEVR_v1.0" / "images" / split, each["image_filename"]))

@@ -10,7 +10,7 @@ Differs: a question whose ``split`` is train, val or test goes there, whatever i
 from pathlib import Path
 
 from graftlm.data.tasks.choices import Wording
-from graftlm.data.tasks.entries import read_entries
+from graftlm.data.tasks.entries import Form, read_entries
 from graftlm.data.tasks.reading import data_set, inside, one, task
 from graftlm.data.types import Sample, Task
 
@@ -41,7 +41,7 @@ def load(
         wording: what stands after a question.
         train_size, test_size: most questions.
     """
-    form = {"image_index": int, "image_filename": str, "question": str, "answer": (str, int, bool)}
+    form: dict[str, Form] = {"image_index": int, "image_filename": str, "question": str, "answer": (str, int, bool)}
     splits: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for number, each in enumerate(read_entries(root / "superCLEVR_questions_30k.json", form, "questions")):
         split = each.get("split")

@@ -105,8 +105,8 @@ def make_grid(
             f"`graftlm report` puts several runs side by side."
         )
     chosen = parse_methods(methods, spec) if methods else spec.mixes()
-    words = orders or [spec.order if isinstance(spec.order, str) else ">".join(spec.order)]
-    read = [parse_order(word, spec) for word in words]
+    own = Order(spec.order if isinstance(spec.order, str) else "-".join(spec.order), spec.stream, spec.order)
+    read = [parse_order(word, spec) for word in orders] or [own]
     named = {"orders": [each.label for each in read], "seeds": [str(seed) for seed in seeds]}
     for what, names in named.items():
         if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -85,6 +85,12 @@ def test_orders(spec: ExperimentSpec) -> None:
         parse_order("revers", spec)
 
 
+def test_without_orders_the_experiment_has_its_own() -> None:
+    own = make_grid(load("mera-miniworld", ["order=[audio]"])).orders[0]
+    assert (own.label, own.stages) == ("audio", ["audio"])
+    assert make_grid(load("mera-miniworld", ["order=reverse"])).orders[0].label == "reverse"
+
+
 def test_what_is_named_twice_or_missing_is_refused(spec: ExperimentSpec) -> None:
     with pytest.raises(ConfigError, match="--seeds: 1 is named twice"):
         make_grid(spec, ["finetune"], [], [1, 1])

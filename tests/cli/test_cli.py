@@ -18,7 +18,7 @@ from graftlm.experiment.store import RunStore
 from graftlm.experiment.tables import TABLES, registry
 
 COMMANDS = (
-    *("run", "plan", "eval", "compose", "restore", "consolidate", "tailor", "doctor", "convert"),
+    *("run", "compare", "plan", "eval", "compose", "restore", "consolidate", "tailor", "doctor", "convert"),
     *("report", "list", "build-base", "version"),
 )
 

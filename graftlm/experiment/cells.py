@@ -57,9 +57,6 @@ WORLDS = Registry(
 )
 """Worlds of their own, by the beginning of their streams' names."""
 
-START = phases.schedule("miniworld")
-"""How the start of a mini world is learned: connectors first, then with the LLM."""
-
 JOINT = "joint"
 """Name of the one stage of a method that learns all of them at once."""
 
@@ -90,6 +87,11 @@ def open_stream(spec: ExperimentSpec) -> Stream:
 def union(stream: Stream) -> Stage:
     """All stages as one."""
     return Stage(JOINT, tuple(task for stage in stream.stages for task in stage.tasks))
+
+
+def start_schedule(spec: ExperimentSpec) -> Schedule:
+    """How a start is learned: connectors first, then with the LLM, whatever the phases of a stage are."""
+    return phases.schedule("llava-two-step" if spec.data.root else "miniworld")
 
 
 def check_stream(spec: ExperimentSpec, stream: Stream) -> None:
@@ -190,7 +192,7 @@ class Worker:
             return None
         progress.cell("start", self.stream.start.name)
         only_connectors: list[Method] = build_methods(["eproj"]) if self.stream.aligned else []
-        return self.stages.obtain(self.stream.start, [], only_connectors, None, schedule=START)
+        return self.stages.obtain(self.stream.start, [], only_connectors, None, schedule=start_schedule(self.spec))
 
     def _base(self, progress: Progress) -> None:
         folder = self.store.base()

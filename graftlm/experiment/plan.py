@@ -9,7 +9,7 @@ from graftlm.core.errors import ConfigError
 from graftlm.core.files import hash_json
 from graftlm.data.types import Batch, Output, Phase, Sample, Stage, Stream
 from graftlm.experiment import composing
-from graftlm.experiment.cells import START, open_stream, union
+from graftlm.experiment.cells import open_stream, start_schedule, union
 from graftlm.experiment.settings import ComposerSettings
 from graftlm.experiment.sizes import FORMULA, Sizes, TextLengths, count
 from graftlm.experiment.spec import ExperimentSpec
@@ -141,7 +141,7 @@ def plan_stream(spec: ExperimentSpec, stream: Stream) -> Plan:
     walker = _Walker(spec.schedule(), count(spec.model_spec()), TextLengths(spec.model.llm, stream), spec.seed)
     walker.inquiries = stream.inquiries
     if stream.start is not None:
-        walker.start(stream.start, stream.aligned)
+        walker.start(stream.start, stream.aligned, start_schedule(spec))
     for stage in stream.stages:
         walker.walk("expert", [stage], [])
     compositions: list[str] = []
@@ -233,9 +233,9 @@ class _Walker:
             self._planned.setdefault(key, f"{cell} {stage.name}")
             self.stages.append(planned)
 
-    def start(self, stage: Stage, aligned: bool) -> None:
+    def start(self, stage: Stage, aligned: bool, schedule: Schedule) -> None:
         """Plan what the stream has learned before its first stage."""
-        plain, self.schedule = self.schedule, START
+        plain, self.schedule = self.schedule, schedule
         try:
             self.walk("start", [stage], shelf.build(["eproj"] if aligned else []))
         finally:

@@ -73,7 +73,10 @@ def _samples(path: Path, name: str, wording: Wording, skip_bad: bool) -> list[Sa
     found = []
     for number, line in enumerate(read_lines(path), 1):
         each: dict[str, Any] = json.loads(line)
-        options, where = _options(each["options"]), f"{path}, line {number}"
+        where = f"{path}, line {number}"
+        if not isinstance(each["options"], list) or not all(isinstance(text, str) for text in each["options"]):
+            raise DataError(f"{where}: options are {each['options']!r}; a list of texts is expected. Restore the file.")
+        options = _options(each["options"])
         letter = _letter(each["label"], options)
         if letter is None and skip_bad:
             continue

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from graftlm.cli.progress import listener
 from graftlm.cli.run import INTERRUPTED, Experiment, Overrides, default_out
 from graftlm.cli.terminal import errors, output
+from graftlm.core.errors import ConfigError
 from graftlm.experiment.grid import make_grid
 from graftlm.experiment.spec import load
 
@@ -102,6 +103,10 @@ def compare(
     from graftlm.experiment import compare as work  # imports torch
     from graftlm.experiment.tuning import Tuning, parse_grid
 
+    if grid and not tune:
+        raise ConfigError("--grid: names values to try, but nothing is tuned. Add --tune.")
+    if plan and tune:
+        raise ConfigError("--plan: shows the cells of the comparison, not the trials of --tune. Leave one of them out.")
     tuning = Tuning(tune_budget, tune_seed, parse_grid(grid or ())) if tune else None
     if plan:
         _show_plan(work.preview(made, folder), folder)

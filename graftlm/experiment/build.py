@@ -21,9 +21,6 @@ from graftlm.model.connectors import CONNECTORS
 from graftlm.model.encoders import ENCODERS
 from graftlm.model.specs import ConnectorSpec, EncoderSpec, LoraSpec, ModalitySpec, ModelSpec
 
-GENERATED = ("miniworld", "llavac-", "micl-order")
-"""Beginnings of the names of streams that are written, not found."""
-
 __all__ = ["changed", "check", "model_spec", "schedule"]
 
 
@@ -123,7 +120,9 @@ def _check_settings(factory: Callable[..., Any], settings: Mapping[str, Any], pa
 
 
 def _check_root(spec: ExperimentSpec) -> None:
-    if spec.stream.startswith(GENERATED):
+    from graftlm.experiment.cells import is_generated
+
+    if is_generated(spec.stream):
         if spec.data.root is not None:
             raise ConfigError(f"data.root: '{spec.data.root}', but stream {spec.stream} is generated. Leave it out.")
     elif spec.data.root is None or not Path(spec.data.root).is_dir():

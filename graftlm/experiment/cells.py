@@ -108,6 +108,12 @@ def check_stream(spec: ExperimentSpec, stream: Stream) -> None:
                 raise type(error)(f"methods.{name}: {error}") from None
 
 
+def is_generated(stream: str) -> bool:
+    """Whether a stream's data are written, not found."""
+    family, _, rest = stream.partition("-")
+    return family == "miniworld" or (family in WORLDS.table() and not rest.startswith("public"))
+
+
 def ordered(stream: Stream, order: str | Sequence[str]) -> Stream:
     """The stream with its stages in another order: "given", "reverse", or by name; a stage that is not named is left out.
 
@@ -132,7 +138,7 @@ def _world(spec: ExperimentSpec) -> Path:
     worlds = cache_folder() / "worlds"
     with locked(worlds / ".lock", wait=3600):
         family = spec.stream.partition("-")[0]
-        if family in WORLDS.table():
+        if family != "miniworld":
             folder: Path = WORLDS.get(family)(size=spec.data.size, seed=seed, root=worlds, conflict=spec.data.conflict)
             return folder.resolve()
         experts = spec.stream == "miniworld-experts"

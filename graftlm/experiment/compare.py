@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.core.cache import cache_folder
+from graftlm.core.errors import ConfigError
 from graftlm.core.files import append_jsonl, is_complete, locked, milestone, read_json, read_jsonl, write_json
 from graftlm.data.types import Stage, Stream
 from graftlm.experiment import outcome, workers
 from graftlm.experiment.cells import JOINT, Cell, asked, check_stream, open_stream, plan_cells, units
-from graftlm.experiment.grid import Grid, Order, remember
+from graftlm.experiment.grid import Grid, Order, held, remember
 from graftlm.experiment.progress import Progress, Silent
 from graftlm.experiment.run import summarise
 from graftlm.experiment.spec import ExperimentSpec
@@ -68,10 +69,16 @@ def compare(
         The content of ``comparison.json``: its "failed" lists the cells that could not be finished.
 
     Raises:
-        ConfigError, DataError, MethodConflict: something is wrong with a method, a setting or an order; nothing was done.
+        ConfigError, DataError, MethodConflict: something is wrong with a method, a setting or an order, or settings would be
+            chosen on a seed that is compared; nothing was done.
         RunError: another process works in this folder, or it compares something else.
     """
     progress = progress or Silent()
+    if tuning is not None and tuning.seed in grid.seeds:
+        raise ConfigError(
+            f"--tune-seed: {tuning.seed} is one of the seeds that are compared, {list(grid.seeds)}; another one is expected, or "
+            f"settings would be chosen on what they are measured on."
+        )
     streams = _check(grid)
     busy = f"{out}: another process is working on this comparison. Wait for it, or choose another --out."
     out.mkdir(parents=True, exist_ok=True)
@@ -290,7 +297,14 @@ def _tune(grid: Grid, out: Path, tuning: Tuning, jobs: int, progress: Progress) 
     Trials are the methods of one ordinary run, so that they share experts and first stages.
     """
     order, rate = grid.orders[0], grid.spec.schedule().realign.lr.get("connectors")
-    trials = {name: candidates(name, entries, tuning, rate) for name, entries in grid.methods.items()}
+    path = out / "tuning" / "tuning.json"
+    told: dict[str, Any] = read_json(path)["methods"] if path.is_file() else {}
+    # what runs were made with stays, whatever a trial that failed then would say now
+    settled = {name: entries for name, entries in held(out).items() if name in told and name in grid.methods}
+    waiting = {name: entries for name, entries in grid.methods.items() if name not in settled}
+    if not waiting:
+        return replace(grid, methods=settled), []
+    trials = {name: candidates(name, entries, tuning, rate) for name, entries in waiting.items()}
     mixes = {each.name: each.entries for options in trials.values() for each in options}
     evaluate = grid.spec.evaluate.model_copy(update={"split": "val"})
     spec = replace(grid, methods=mixes, spec=grid.spec.model_copy(update={"evaluate": evaluate})).run(
@@ -302,14 +316,19 @@ def _tune(grid: Grid, out: Path, tuning: Tuning, jobs: int, progress: Progress) 
     name = grid.name(order, tuning.seed)
     failed = _Pool(out, out / "tuning", progress, jobs).work_runs({name: (spec, stream)})
     run = outcome.read_outcome(out / "tuning" / name, order, tuning.seed, stream, mixes)
-    path = out / "tuning" / "tuning.json"
-    told: dict[str, Any] = read_json(path)["methods"] if path.is_file() else {}
     messages = {each["name"]: each["message"] for each in failed if each["kind"] == "method"}
     chosen = {}
     for method, options in trials.items():
         scored = [_trial(option, run.methods[option.name], messages.get(option.name)) for option in options]
         best = max(range(len(scored)), key=lambda i: -math.inf if scored[i]["score"] is None else scored[i]["score"])
-        told[method] = {"given": list(grid.methods[method]), "chosen": best, "trials": scored}
+        told[method] = {
+            "given": list(waiting[method]),
+            "chosen": best,
+            "trials": scored,
+            "budget": tuning.budget,
+            "seed": tuning.seed,
+            "order": order.label,
+        }
         chosen[method] = options[best].entries
     write_json(
         path,
@@ -327,7 +346,7 @@ def _tune(grid: Grid, out: Path, tuning: Tuning, jobs: int, progress: Progress) 
         each.name for options in trials.values() for each in options if any(o.name not in messages for o in options)
     }
     unable = [each for each in failed if each["kind"] != "method" or each["name"] in hopeless]
-    return replace(grid, methods=chosen), unable
+    return replace(grid, methods={name: {**settled, **chosen}[name] for name in grid.methods}), unable
 
 
 def _trial(option: Candidate, made: outcome.MethodInRun, message: str | None) -> dict[str, Any]:

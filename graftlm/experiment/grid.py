@@ -17,7 +17,7 @@ from graftlm.experiment import reading, tables
 from graftlm.experiment.settings import NAME
 from graftlm.experiment.spec import ExperimentSpec
 
-__all__ = ["Entries", "Grid", "Order", "make_grid", "parse_methods", "parse_order", "remember"]
+__all__ = ["Entries", "Grid", "Order", "held", "make_grid", "parse_methods", "parse_order", "remember"]
 
 Entries = list[Any]
 """Ingredients as an experiment file has them: a name, or {name: {setting: value}}."""
@@ -230,7 +230,7 @@ def remember(grid: Grid, out: Path) -> Grid:
     path = out / FILE
     tree = grid.to_dict()
     if path.is_file():
-        there = reading.parse(path.read_text(encoding="utf-8"), str(path))
+        there = _read_back(path)
         _expect_same(there, tree, out)
         tree["methods"] = there["methods"] | tree["methods"]
         tree["orders"] = there["orders"] | tree["orders"]
@@ -245,6 +245,24 @@ def remember(grid: Grid, out: Path) -> Grid:
         write_text(path, text)
     orders = tuple(Order(label, each["stream"], each["order"]) for label, each in tree["orders"].items())
     return replace(grid, methods=tree["methods"], orders=orders, seeds=tuple(tree["seeds"]))
+
+
+def held(out: Path) -> dict[str, Entries]:
+    """The methods that a folder compares already."""
+    path = out / FILE
+    return dict(_read_back(path)["methods"]) if path.is_file() else {}
+
+
+def _read_back(path: Path) -> dict[str, Any]:
+    there = reading.parse(path.read_text(encoding="utf-8"), str(path))
+    kinds = {"methods": dict, "orders": dict, "seeds": list, "experiment": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(there, dict) or not isinstance(there.get(key), kind)]
+    if wrong:
+        raise RunError(
+            f"{path}: {', '.join(wrong)} missing or of another form; the file was changed or damaged. Restore it, or choose "
+            f"another --out."
+        )
+    return dict(there)
 
 
 def _expect_same(there: Mapping[str, Any], here: Mapping[str, Any], out: Path) -> None:

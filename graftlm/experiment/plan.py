@@ -14,7 +14,7 @@ from graftlm.experiment.settings import ComposerSettings
 from graftlm.experiment.sizes import FORMULA, Sizes, TextLengths, count
 from graftlm.experiment.spec import ExperimentSpec
 from graftlm.learning.fit import FitLog, steps_of
-from graftlm.learning.method import Context, Method, resolve
+from graftlm.learning.method import Context, Method, check_adapters, resolve
 from graftlm.learning.phase import Schedule
 from graftlm.model.adapters import StageAdapter
 from graftlm.model.multimodal import MultimodalLM
@@ -228,7 +228,8 @@ class _Walker:
         key = "base"
         for index, stage in enumerate(stages):
             active = [method for method in methods if not method.idle(index + 1)]
-            key = hash_json([key, stage.name, shelf.describe(active)])
+            way = ["run"] if index and check_adapters(methods) == "run" else []
+            key = hash_json([key, stage.name, shelf.describe(active), *way])
             planned = self._stage(cell, stage, tuple(stages[:index]), methods, self._planned.get(key))
             self._planned.setdefault(key, f"{cell} {stage.name}")
             self.stages.append(planned)

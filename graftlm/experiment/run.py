@@ -147,5 +147,7 @@ def _known(gain: float) -> float | None:
 
 
 def _values(folder: Path, tasks: Sequence[Task]) -> dict[str, float]:
+    if not tasks:  # nothing was asked, so nothing was written
+        return {}
     scores = read_json(folder / "scores.json")
     return {task.name: scores[task.name]["value"] for task in tasks}

@@ -4,7 +4,7 @@
 
 Paper:   Zhang et al., LLaVA-c, arXiv:2506.08666, §3.3: the distance that UIR keeps small.
 Differs: the paper regularises it against the model before the stage; here it is only measured, against the model before the
-    first stage, so that it adds up over stages.
+    first stage, so that it adds up over stages, and without the token that every text begins with.
 """
 
 from collections.abc import Sequence
@@ -45,8 +45,8 @@ class Shift:
         if path.is_file() or not self._inquiries:
             return
         self._before = self._before or self._hidden(self._start)
-        now = self._hidden(learned)
-        pairs = list(zip(self._before, now, strict=True))
+        # the first token is what every text begins with, and prompts that a method adds stand before or right after it
+        pairs = [(a[1:], b[1 - len(a) :]) for a, b in zip(self._before, self._hidden(learned), strict=True)]
         l2 = sum(float((b - a).norm(dim=-1).mean()) for a, b in pairs) / len(pairs)
         length = sum(float(a.norm(dim=-1).mean()) for a, _ in pairs) / len(pairs)
         write_json(path, {"inquiries": len(pairs), "l2": l2, "relative": l2 / max(length, 1e-12)})

@@ -154,7 +154,8 @@ class TextLengths:
 
     def __init__(self, llm: str, stream: Stream) -> None:
         tokenizer = AutoTokenizer.from_pretrained(base_folder(llm), local_files_only=True)
-        tasks = [task for stage in (*stream.stages, *stream.later) for task in stage.tasks]
+        start = (stream.start,) if stream.start else ()
+        tasks = [task for stage in (*start, *stream.stages, *stream.later) for task in stage.tasks]
         self._means = {task.name: _lengths(task, tokenizer) for task in tasks if task.train}
 
     def text(self, sample: Sample) -> float:

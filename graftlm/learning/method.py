@@ -130,6 +130,9 @@ class Method:
     folds: ClassVar[bool] = False
     """Whether `consolidate` says how the stage becomes part of the LLM; one of a mix can."""
 
+    closes: ClassVar[bool] = False
+    """Whether `consolidate` needs the stage to be part of the LLM, as training left it if nobody folded it before."""
+
     joint: ClassVar[bool] = False
     """Whether all stages are learned at once, instead of one after the other."""
 
@@ -221,6 +224,12 @@ def check_adapters(methods: Sequence[Method]) -> Adapter:
             f"{' and '.join(folding)} each say how a stage becomes part of the LLM; one way is expected per mix. Use one of "
             f"them."
         )
+    for first, second in itertools.combinations(methods, 2):
+        if first.closes and second.folds:
+            raise MethodConflict(
+                f"{type(first).__name__} stands before {type(second).__name__}, which would find the stage folded already. "
+                f"Write {type(second).__name__} first."
+            )
     return asking[0].adapter if asking else "stage"
 
 

@@ -18,4 +18,4 @@ class EProj(Method):
 
     def trainable(self, ctx: Context, parts: frozenset[str]) -> frozenset[str]:
         """Everything but the LLM."""
-        return parts - {"llm"}
+        return frozenset(part for part in parts if part != "llm" and not part.startswith("llm."))

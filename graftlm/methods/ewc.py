@@ -47,8 +47,8 @@ class EWC(Method):
 
     @property
     def adapter(self) -> Adapter:  # type: ignore[override]
-        """One LoRA for the run, or any."""
-        return "run" if self.on == "factors" else "any"
+        """One LoRA for the run; of weights, a fresh one per stage, whose whole update is the drift."""
+        return "run" if self.on == "factors" else "stage"
 
     def __post_init__(self) -> None:
         if self.strength < 0:
@@ -63,7 +63,7 @@ class EWC(Method):
             raise ConfigError("anchors: 'all' needs the centre of every weight; use on: factors, or anchors: last.")
 
     def idle(self, number: int) -> bool:
-        """The first stage has nothing to hold on to."""
+        """The first stage has nothing to hold on to; what a stream's start has learned is not measured."""
         return number == 1 or self.strength == 0
 
     def prepare(self, ctx: Context) -> None:

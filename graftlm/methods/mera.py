@@ -65,7 +65,9 @@ class Merge(Method):
 
     def idle(self, number: int) -> bool:
         """A share of 1 is the new weights themselves."""
-        return (self.weight == 1 or (self.weight is None and number == 1)) if self.rule == "average" else self.alpha == 1
+        return (
+            (self.weight == 1 or (self.weight is None and number == 1)) if self.rule == "average" else self.alpha == 1
+        )
 
     def prepare(self, ctx: Context) -> None:
         """Remember the connectors that may change."""
@@ -129,6 +131,7 @@ class Realign(Method):
         epochs, lr: of this phase; None is what the schedule says.
     """
 
+    closes = True
     fraction: float = 0.10
     noise: float = 0.0
     epochs: int | None = None

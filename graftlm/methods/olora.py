@@ -57,7 +57,7 @@ class OLoRA(Method):
 
     def prepare(self, ctx: Context) -> None:
         """The A of earlier stages, one under the other."""
-        entries = ctx.model.adapter.ledger[len(ctx.model.adapter.ledger) - len(ctx.past) :] if ctx.past else []
+        entries = ctx.model.adapter.ledger[max(0, len(ctx.model.adapter.ledger) - len(ctx.past)) :] if ctx.past else []
         found: dict[str, list[Tensor]] = {}
         for entry, name in itertools.chain.from_iterable(((e, n) for n in e.names()) for e in entries):
             if f"{name}.A" not in entry.tensors:

@@ -152,7 +152,11 @@ class StageAdapter:
         elif stage.goes_on != (on == "factors"):
             raise RunError(
                 f"blend on {on}: the LoRA "
-                + ("goes on from the stage before, and a blend of two updates has twice its rank. " if stage.goes_on else "")
+                + (
+                    "goes on from the stage before, and a blend of two updates has twice its rank. "
+                    if stage.goes_on
+                    else ""
+                )
                 + ("" if stage.goes_on else "is fresh, and has no earlier factors. ")
                 + "Factors are blended of a LoRA that goes on, deltas of a fresh one."
             )
@@ -221,7 +225,7 @@ class StageAdapter:
         new = {name for entry in entries for name in entry.names()}
         changed = new | {name for entry in self.ledger for name in entry.names()}
         self._base.keep({name: self._llm.get_parameter(name) for name in new})
-        self.ledger = list(entries)
+        self.ledger, self._resumed = list(entries), None
         self._write(sorted(changed))
 
     def check_ledger(self, entries: Sequence[LedgerEntry]) -> None:

@@ -264,10 +264,10 @@ def _kind(folder: Path, spec: ExtensionSpec) -> type[Extension]:
 def _build_extension(folder: Path, spec: ExtensionSpec, kind: type[Extension], model: MultimodalLM) -> Extension:
     try:
         return kind.build(model, spec.settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, GraftError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST}: the settings of extension '{spec.kind}' are incomplete ({type(error).__name__}: {error}). "
-            f"Use another copy."
+            f"{folder / MANIFEST}: the settings of extension '{spec.kind}' are incomplete or wrong ({type(error).__name__}: "
+            f"{error}). Use another copy."
         ) from None
 
 

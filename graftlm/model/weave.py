@@ -284,9 +284,10 @@ class WovenExperts(LinearExperts[WeaveLayer]):
     def _table(self) -> Tensor:
         """Path of every id; -1 of text."""
         table = [-1]
+        stages = self._former if self._in_previous and self.is_open else self.stages
         for modality in self.model.modality_index:
             if modality != TEXT:
-                table.append(min(self.stages.get(modality, self.path), self.path))
+                table.append(min(stages.get(modality, self.path), self.path))
         return torch.tensor(table)
 
     def _take(self, numbers: Tensor, device: torch.device) -> None:

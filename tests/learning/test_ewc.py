@@ -115,6 +115,8 @@ def test_one_lora_lives_through_the_run(grow: Grow) -> None:
 def test_mixes() -> None:
     assert check_adapters([EWC(), Realign()]) == "run"
     assert check_adapters([EWC(on="weights"), *mera()]) == "stage"
+    with pytest.raises(MethodConflict, match="FineTune.*and EWC"):  # Ω of weights measures what a fresh LoRA adds
+        check_adapters([FineTune(continuing=True), EWC(on="weights")])
     with pytest.raises(MethodConflict, match=r"EWC \(adapter = 'run'\) and Merge \(adapter = 'stage'\)"):
         check_adapters([EWC(), Merge()])
 

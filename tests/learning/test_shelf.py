@@ -15,6 +15,7 @@ from graftlm.learning.method import at_stage, check_adapters, check_per_stage
 from graftlm.learning.phase import SCHEDULES, Schedule
 from graftlm.learning.stage import learn
 from graftlm.merging.rules import average
+from graftlm.methods.eproj import EProj
 from graftlm.methods.ewf import EWF
 from graftlm.methods.finetune import FineTune
 from graftlm.methods.mera import Merge, Realign
@@ -131,6 +132,18 @@ def test_a_module_that_is_not_there(grow: Grow) -> None:
 def test_two_ways_to_fold_are_a_conflict() -> None:
     with pytest.raises(MethodConflict, match="Merge and EWF each say how a stage becomes part of the LLM"):
         check_adapters([Merge(), Realign(), EWF()])
+
+
+def test_folding_after_realigning_is_a_conflict() -> None:
+    with pytest.raises(MethodConflict, match="Realign stands before Merge, which would find the stage folded already"):
+        check_adapters([Realign(), Merge()])
+
+
+def test_eproj_leaves_the_llm_alone_beside_a_selection(grow: Grow, weights: Weights, spec: Any) -> None:
+    base = weights(MultimodalLM.build(spec))
+    for mix in ([Select(), EProj()], [EProj(), Select()]):
+        after = weights(grow(mix, 1))
+        assert all(torch.equal(after[name], tensor) for name, tensor in base.items())
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 import io
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,15 +65,20 @@ def finished_run(folder: Path, *overrides: str) -> Path:
     return folder
 
 
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick_and_names_every_command() -> None:
     times = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = cpu_of_children()
         done = graftlm("--help", code=WITHOUT_TORCH)
-        times.append(time.perf_counter() - begin)
+        times.append(cpu_of_children() - begin)
     assert done.returncode == 0
     assert all(command in done.stdout for command in COMMANDS)
-    assert min(times) < 0.8  # 0.3 s on an idle machine
+    assert min(times) < 0.8  # CPU seconds; it takes 0.3
 
 
 @pytest.mark.parametrize("command", COMMANDS)

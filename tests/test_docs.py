@@ -1,6 +1,7 @@
 """The documents say what is so: commands, links, names and code in them are checked."""
 
 import ast
+import inspect
 import re
 import shlex
 import tomllib
@@ -13,6 +14,7 @@ import typer
 import graftlm
 from graftlm.cli.main import app
 from graftlm.experiment.spec import load
+from graftlm.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -142,3 +144,12 @@ def test_version_is_one() -> None:
 def test_public_names_exist() -> None:
     for name in graftlm.__all__:
         assert getattr(graftlm, name) is not None
+
+
+@pytest.mark.parametrize("name", METHODS.table())
+def test_methods_page_names_every_setting(name: str) -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    section = page.partition(f"## `{name}`\n")[2].partition("\n## ")[0]
+    assert section, f"docs/methods.md has no section of {name}"
+    missing = [each for each in inspect.signature(METHODS.get(name)).parameters if f"| `{each}` |" not in section]
+    assert not missing, f"docs/methods.md, {name}: no row of {missing}"

@@ -217,6 +217,7 @@ def collect(
             "name": grid.spec.name,
             "split": grid.spec.evaluate.split,
             "limit": grid.spec.evaluate.limit,
+            "settings": _settings(grid),
             "against": grid.against,
             "methods": {name: list(entries) for name, entries in grid.methods.items()},
             "orders": {
@@ -434,3 +435,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _settings(grid: Grid) -> dict[str, str]:
+    """What the runs share and a reader has to know."""
+    spec = grid.spec
+    model, lora = spec.model, spec.model.lora
+    size = spec.data.root or f"{spec.data.size} mini world, conflict {spec.data.conflict:g}"
+    phases = (
+        spec.phases
+        if isinstance(spec.phases, str)
+        else ", ".join(f"{phase.name} x {phase.epochs}" for phase in spec.schedule().phases)
+    )
+    return {
+        "data": size,
+        "model": f"{model.llm}, {f'LoRA rank {lora.rank}' if lora else 'every weight tuned'}, {model.dtype}",
+        "phases": phases,
+    }

@@ -21,6 +21,9 @@ __all__ = ["Sheet", "lead", "sheets", "write"]
 
 MINUS = "−"
 
+FEW = 5
+"""Seeds below which an interval over them says too little."""
+
 CURVES = {
     "backward": ("Backward gain", "What is kept of the earlier stages", " %", "expert"),
     "forward": ("Forward gain", "What is reached on the stage just learned", " %", "expert"),
@@ -78,6 +81,8 @@ def lead(facts: Mapping[str, Any]) -> str:
     )
     if len(facts["seeds"]) == 1:
         text += " One seed: intervals speak of the test items, not of how much training varies."
+    elif len(facts["seeds"]) < FEW:
+        text += " With so few seeds intervals are rather too narrow: training varies more than they can know."
     return text
 
 
@@ -138,7 +143,7 @@ def _results(facts: Mapping[str, Any], label: str) -> Sheet:
         about = f"Percent of the experts: mean over runs ± sample standard deviation. {said}"
         about += f" FM counts from the {facts['fm']}." if "fm" in keys else ""
         about += " Rank: by ACC, mean over the runs that all of them finished." if ranks else ""
-        about += " ★ marks the best mean; whether it is better is for the intervals below to say."
+        about += " The best mean is marked; whether it is better is for the intervals below to say."
     key = f"result-{label}"
     return Sheet(key, _title(facts, label), about, tuple(columns), tuple(rows))
 
@@ -324,6 +329,7 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("methods", str(len(facts["methods"]))),
         ("orders", ", ".join(facts["orders"])),
         ("seeds", ", ".join(map(str, facts["seeds"]))),
+        *facts.get("settings", {}).items(),
         ("measured on", f"{facts['split']}{limit}"),
         ("against", facts["against"]),
     ]

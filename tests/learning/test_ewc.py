@@ -1,6 +1,8 @@
 """EWC: vectors of the penalty and of the Fisher, what it reduces to, and what several anchors are."""
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,12 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from graftlm.core.errors import ConfigError, DataError, MethodConflict
-from graftlm.data.types import Stage
+from graftlm.data.types import Stage, Stream
+from graftlm.experiment.stages import StageStore
 from graftlm.learning.method import Context, check_adapters
+from graftlm.learning.phase import SCHEDULES, Schedule
 from graftlm.methods.ewc import EWC, fisher
 from graftlm.methods.finetune import FineTune
 from graftlm.methods.mera import Merge, Realign, mera
 from graftlm.model.multimodal import MultimodalLM
+
+QUICK = Schedule(
+    tuple(dataclasses.replace(phase, epochs=1) for phase in SCHEDULES["miniworld"].phases),
+    SCHEDULES["miniworld"].realign,
+)
 
 Grow = Callable[..., MultimodalLM]
 Weights = Callable[[MultimodalLM], dict[str, Tensor]]
@@ -115,7 +124,7 @@ def test_one_lora_lives_through_the_run(grow: Grow) -> None:
 def test_mixes() -> None:
     assert check_adapters([EWC(), Realign()]) == "run"
     assert check_adapters([EWC(on="weights"), *mera()]) == "stage"
-    with pytest.raises(MethodConflict, match="FineTune.*and EWC"):  # Ω of weights measures what a fresh LoRA adds
+    with pytest.raises(MethodConflict, match=r"FineTune.*and EWC"):  # Ω of weights measures what a fresh LoRA adds
         check_adapters([FineTune(continuing=True), EWC(on="weights")])
     with pytest.raises(MethodConflict, match=r"EWC \(adapter = 'run'\) and Merge \(adapter = 'stage'\)"):
         check_adapters([EWC(), Merge()])
@@ -142,3 +151,30 @@ def test_a_stage_without_samples_cannot_be_measured() -> None:
     )
     with pytest.raises(DataError, match="stage image has no sample to measure on"):
         EWC().prepare(ctx)
+
+
+def test_a_run_that_was_cut_short_goes_on_the_same(stream: Stream, spec: Any, tmp_path: Path) -> None:
+    """Ω, the anchor and the LoRA that goes on come from the store: other objects, other cells in between."""
+
+    def walked(root: Path, *, cut: bool) -> dict[str, Tensor]:
+        methods, parent, store = [EWC(1e4, 0.2)], None, StageStore(root, spec, QUICK, seed=0)
+        for index in range(3):
+            if cut:
+                methods, store = [EWC(1e4, 0.2)], StageStore(root, spec, QUICK, seed=0)
+                if parent is not None:
+                    store.remember(parent, methods)
+                store.load(None)
+            parent = store.obtain(stream.stages[index], stream.stages[:index], methods, parent)
+        assert parent is not None and len(methods[0].state) > 0
+        return dict(store.load(parent).state_dict())
+
+    assert same(walked(tmp_path / "whole", cut=False), walked(tmp_path / "cut", cut=True))
+
+
+def test_the_teacher_is_free_and_there_is_no_second_llm(grow: Grow) -> None:
+    model = grow([EWC(1e3, 0.2)], 2)
+    before = sum(p.numel() for p in model.llm.parameters())
+    model.adapter.open(0, resume=True)
+    factors = sum(p.numel() for p in model.adapter.parameters().values())
+    assert sum(p.numel() for p in model.llm.parameters()) == before + factors < 2 * before
+    model.adapter.drop()

@@ -35,7 +35,9 @@ def test_a_start_is_measured_before_and_after(tmp_path: Path) -> None:
     summary = walk("llavac-finetune", tmp_path / "run", "order=[iconqa, super_clevr]", methods)
     assert {"iconqa", "super_clevr", "instructions", "pope_random"} <= summary["base"].keys()
     assert summary["methods"]["joint"]["joint"]["scores"].keys() == {"iconqa", "super_clevr"}
-    folders = [tmp_path / "run/methods" / name for name in ("prompts/1-iconqa", "prompts/2-super_clevr", "llava-c/1-iconqa")]
+    folders = [
+        tmp_path / "run/methods" / name for name in ("prompts/1-iconqa", "prompts/2-super_clevr", "llava-c/1-iconqa")
+    ]
     shifts = [read_json(folder / "shift.json") for folder in folders]
     assert all(shift["l2"] > 0 and shift["inquiries"] for shift in shifts)
     spectra = read_json(tmp_path / "run/methods/llava-c/1-iconqa/notes.json")["spectra"]

@@ -296,9 +296,16 @@ def test_no_other_way_of_making_the_llm_plastic(other: Method, model: Multimodal
 
 
 def test_an_ingredient_that_needs_the_llm_open_is_refused(model: MultimodalLM, stages: list[Stage]) -> None:
-    grow(model, stages[:1], [L2P(**SMALL)])
+    for on in ("weights", "factors"):
+        with pytest.raises(MethodConflict, match=r"L2P \(adapter = 'own'\) and EWC"):
+            grow(model, stages[:1], [L2P(**SMALL), EWC(on=on)])
+
+    class Measures(Method):
+        def prepare(self, ctx: Context) -> None:
+            ctx.open()
+
     with pytest.raises(MethodConflict, match="L2P keeps the LLM frozen, but another ingredient"):
-        grow(model, stages[:2], [L2P(**SMALL), EWC(on="weights")], first=1)
+        grow(model, stages[:1], [L2P(**SMALL), Measures()])
     assert not model.adapter.is_open
 
 

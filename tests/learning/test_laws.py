@@ -87,8 +87,10 @@ def test_realigning_moves_every_connector_and_nothing_else(grow: Grow, weights: 
         assert not same(part(merged, connector), part(realigned, connector))
 
 
-def test_realigning_before_merging_is_another_method(grow: Grow, weights: Weights) -> None:
-    assert not same(weights(grow([Merge(), Realign(0.5)])), weights(grow([Realign(0.5), Merge()])))
+def test_realigning_before_merging_is_refused(grow: Grow) -> None:
+    """Realigning needs the stage folded: merging would find nothing, and do nothing, silently."""
+    with pytest.raises(MethodConflict, match="Realign stands before Merge"):
+        grow([Realign(0.5), Merge()])
 
 
 def test_noise_changes_only_what_realigning_does(grow: Grow, weights: Weights) -> None:

@@ -363,7 +363,7 @@ def test_what_is_damaged_is_named(
     for change, message in (
         (
             lambda m: m["extension"]["settings"].pop("stages"),
-            r"settings of extension 'moelora' are incomplete \(KeyError",
+            r"settings of extension 'moelora' are incomplete or wrong \(KeyError",
         ),
         (lambda m: m["extension"]["settings"].update(rank=8), r"extension.safetensors: tensor '.*' has shape"),
         (lambda m: m["extension"]["settings"].update(layers=["x"]), "'x' is no linear layer of this LLM"),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftlm.core.files import read_json
 from graftlm.evaluation.gains import relative_gain
 from graftlm.experiment.compare import compare
 from graftlm.experiment.grid import make_grid
@@ -30,10 +29,11 @@ class Setting:
     """One of the papers' settings.
 
     Attributes:
-        experiments: packaged experiments, one per order.
+        experiment: a packaged one.
         orders: as `graftlm compare` takes them.
         methods: what is compared, with the settings that were chosen.
-        tried: what was tried to choose them.
+        tried: what was tried to choose them; nothing yet where it is empty.
+        page: name of the results page.
     """
 
     experiment: str
@@ -117,7 +117,6 @@ def table(name: str, work: Path) -> None:
     head = path.read_text(encoding="utf-8").partition(MARK)[0] if path.is_file() else f"# {name}\n\n"
     body = (work / f"compare-{name}" / "comparison.md").read_text(encoding="utf-8")
     path.write_text(f"{head}{MARK}\n\n{body}", encoding="utf-8")
-    read_json(work / f"compare-{name}" / "comparison.json")  # a page without its numbers is none
 
 
 def main() -> None:

@@ -167,6 +167,7 @@ class Worker:
         self.stages = StageStore(
             cache_folder(), spec.model_spec(), self.schedule, spec.seed, spec.device_name(), self.stream.inquiries
         )
+        self._shift: Shift | None = None  # every method is compared with the same start, which is looked at once
 
     def do(self, cell: Cell, progress: Progress) -> None:
         """Finish a cell, from wherever it is.
@@ -218,7 +219,7 @@ class Worker:
     def _method(self, name: str, progress: Progress) -> None:
         methods = build_methods(self.spec.mixes()[name], f"methods.{name}")
         parent = self.start(progress)
-        shift = Shift(self.stages, parent, self.stream.inquiries)
+        shift = self._shift = self._shift or Shift(self.stages, parent, self.stream.inquiries)
         stages = self.stream.stages
         if any(method.joint for method in methods):
             index = len(stages) - 1

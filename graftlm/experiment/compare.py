@@ -20,7 +20,7 @@ from graftlm.core.errors import ConfigError
 from graftlm.core.files import append_jsonl, is_complete, locked, milestone, read_json, read_jsonl, write_json
 from graftlm.data.types import Stage, Stream
 from graftlm.experiment import outcome, workers
-from graftlm.experiment.cells import JOINT, Cell, asked, check_stream, open_stream, plan_cells, units
+from graftlm.experiment.cells import JOINT, Cell, asked, check_stream, open_stream, plan_cells, union, units
 from graftlm.experiment.grid import Grid, Order, held, remember
 from graftlm.experiment.progress import Progress, Silent
 from graftlm.experiment.run import summarise
@@ -407,7 +407,7 @@ def _cached(stages: StageStore, spec: ExperimentSpec, stream: Stream, cell: Cell
     if cell.kind == "expert":
         walk = [stage for stage in stream.stages if stage.name == cell.name]
     elif any(method.joint for method in methods):
-        walk = [Stage(JOINT, tuple(task for stage in stream.stages for task in stage.tasks))]
+        walk = [union(stream)]
     if stream.start is not None:
         return len(walk), 0
     parent: LearnedStage | None = None

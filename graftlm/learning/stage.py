@@ -44,8 +44,9 @@ def learn(
     for modality in stage.modalities:
         if modality in new:
             model.add_modality(_spec(modality, modalities, stage), seeds.derive(seed, "connector", modality))
-    ctx = Context(model, stage, tuple(past), schedule, seed, progress, new=new, plastic=plastic)
-    ctx.inquiries = tuple(inquiries)
+    ctx = Context(
+        model, stage, tuple(past), schedule, seed, progress, inquiries=tuple(inquiries), new=new, plastic=plastic
+    )
     for method in methods:
         method.prepare(ctx)
     for phase in schedule.phases:

@@ -22,6 +22,7 @@ from torch import Tensor
 from graftlm.core.errors import ConfigError, DataError
 from graftlm.data.types import Batch, Output, Sample
 from graftlm.learning.method import Adapter, Context, Method
+from graftlm.model.adapters import StageAdapter
 
 __all__ = ["EWC", "fisher"]
 
@@ -43,7 +44,7 @@ class EWC(Method):
     decay: float = 1.0
     anchors: Literal["last", "all"] = "last"
     on: Literal["factors", "weights"] = "factors"
-    _anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _anchor: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def adapter(self) -> Adapter:  # type: ignore[override]
@@ -78,13 +79,15 @@ class EWC(Method):
         new = fisher(ctx, watched, samples)
         for name, parameter in watched.items():
             self._remember(name, parameter.detach().float(), new[name])
-        fresh = self.on == "weights" and bool(adapter.factors())  # then the drift is what the LoRA adds
-        key = "centre" if self.anchors == "all" else ""
-        self._anchor = {
-            name: self.state[f"{key}.{name}"] if key else parameter.detach().float().clone()
-            for name, parameter in watched.items()
-            if not fresh
-        }
+        self._anchor = self._anchors(adapter, watched)
+
+    def _anchors(self, adapter: StageAdapter, watched: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """θ*, or nothing where the drift is what a fresh LoRA adds. No copy where one is kept already."""
+        if self.anchors == "all":
+            return {name: self.state[f"centre.{name}"] for name in watched}
+        if self.on == "weights" and adapter.factors():
+            return {}
+        return adapter.opened() or {name: parameter.detach().float().clone() for name, parameter in watched.items()}
 
     def loss(self, ctx: Context, batch: Batch, out: Output) -> Mapping[str, Tensor]:
         """λ/2 Σ Ω (θ - θ*)², while the LLM moves."""

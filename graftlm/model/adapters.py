@@ -117,6 +117,15 @@ class StageAdapter:
         """
         return self._stage.factors() if isinstance(self._stage, LoraStage) else {}
 
+    def opened(self) -> dict[str, Tensor]:
+        """What `parameters` held when the LoRA of the stage before went on, by the same names; not to be changed.
+
+        Empty of a fresh LoRA and of weights that are tuned in full: those are kept by nobody.
+        """
+        return (
+            {f"llm.{name}": x for name, x in self._stage.opened.items()} if isinstance(self._stage, LoraStage) else {}
+        )
+
     @contextlib.contextmanager
     def previous(self) -> Iterator[None]:
         """Inside, the LLM is exactly θ_{i-1}; when no stage is open, it already is.
@@ -150,15 +159,11 @@ class StageAdapter:
         if isinstance(stage, FullStage):
             stage.blend(weight, self._before)
         elif stage.goes_on != (on == "factors"):
+            fresh = "is fresh, and has no earlier factors"
+            later = "goes on from the stage before, and a blend of two updates has twice its rank"
             raise RunError(
-                f"blend on {on}: the LoRA "
-                + (
-                    "goes on from the stage before, and a blend of two updates has twice its rank. "
-                    if stage.goes_on
-                    else ""
-                )
-                + ("" if stage.goes_on else "is fresh, and has no earlier factors. ")
-                + "Factors are blended of a LoRA that goes on, deltas of a fresh one."
+                f"blend on {on}: the LoRA {later if stage.goes_on else fresh}. Factors are blended of a LoRA that goes on, "
+                f"deltas of a fresh one."
             )
         elif stage.goes_on:
             stage.blend_factors(weight)

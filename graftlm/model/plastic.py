@@ -38,6 +38,9 @@ class LoraStage:
         llm: gets LoRA layers in place; `close` takes them out.
         seed: of A; the global random state is neither used nor moved.
 
+    Attributes:
+        opened: what `parameters` held when the LoRA of the stage before went on; empty of a fresh one.
+
     Raises:
         ConfigError: the targets match no layer.
     """
@@ -62,7 +65,7 @@ class LoraStage:
                 ) from error
         llm.train(llm.training)  # new layers start in training mode, where dropout acts
         self._layers = {f"{n}.weight": m for n, m in llm.named_modules() if isinstance(m, LoraLayer)}
-        self._opened: dict[str, Tensor] = {}
+        self.opened: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
             a, b = _factors(layer)
             drawn = torch.empty(a.shape)
@@ -86,7 +89,7 @@ class LoraStage:
         for name, layer in self._layers.items():
             for side, factor in zip("AB", _factors(layer), strict=True):
                 factor.copy_(wanted[f"{name}.{side}"])
-        self._opened = {name: factor.detach().clone() for name, factor in self.parameters().items()}
+        self.opened = {name: factor.detach().clone() for name, factor in self.parameters().items()}
         return True
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -108,7 +111,7 @@ class LoraStage:
     @contextlib.contextmanager
     def previous(self, before: Before) -> Iterator[None]:
         """The adapter is off, or as the stage before left it; its factors train again afterwards if they did."""
-        if self._opened:
+        if self.opened:
             with self._swapped():
                 yield
             return
@@ -128,7 +131,7 @@ class LoraStage:
         trained = {name: factor.data for name, factor in self.parameters().items()}
         try:
             for name, factor in self.parameters().items():
-                factor.data = self._opened[name]
+                factor.data = self.opened[name]
             yield
         finally:
             for name, factor in self.parameters().items():
@@ -137,12 +140,12 @@ class LoraStage:
     @property
     def goes_on(self) -> bool:
         """Whether this is the LoRA of the stage before."""
-        return bool(self._opened)
+        return bool(self.opened)
 
     def blend_factors(self, weight: float) -> None:
         """A and B go apart towards what they were; in place, so that the optimiser keeps its moments."""
         for name, factor in self.parameters().items():
-            factor.copy_(torch.lerp(self._opened[name], factor, weight))
+            factor.copy_(torch.lerp(self.opened[name], factor, weight))
 
     def blend(self, weight: float, before: Before) -> None:
         """B is scaled in place."""

@@ -1,4 +1,4 @@
-"""Little stages of the mini world, captions and questions apart, and a way to learn them."""
+"""Little stages of the mini world, whole ones and captions and questions apart, and a way to learn them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,12 +26,36 @@ Learned = Callable[..., tuple[MultimodalLM, list[Context]]]
 
 
 @pytest.fixture(scope="session")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
-    """Stages "image-caption", "image-qa", "video-caption" and "video-qa"; captions have pseudo targets."""
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stage, ...]:
+    """The stages of a world that is on disk."""
     torch.set_num_threads(1)
-    root = build(WorldSpec(size="smoke", seed=0), tmp_path_factory.mktemp("world"))
+    return miniworld(build(WorldSpec(size="smoke", seed=0), tmp_path_factory.mktemp("world")), "sequential").stages
+
+
+@pytest.fixture(scope="session")
+def stages(sequential: tuple[Stage, ...]) -> list[Stage]:
+    """Little stages: image, then two more."""
+    return [
+        Stage(stage.name, tuple(dataclasses.replace(task, train=task.train[:12]) for task in stage.tasks))
+        for stage in sequential[:3]
+    ]
+
+
+@pytest.fixture(scope="module")
+def features() -> FeatureCache:
+    return FeatureCache()
+
+
+@pytest.fixture(scope="session")
+def spec() -> ModelSpec:
+    return load("mera-miniworld", []).model_spec()
+
+
+@pytest.fixture(scope="session")
+def halves(sequential: tuple[Stage, ...]) -> dict[str, Stage]:
+    """Stages "image-caption", "image-qa", "video-caption" and "video-qa"; captions have pseudo targets."""
     stages = {}
-    for stage in miniworld(root, "sequential").stages[:2]:
+    for stage in sequential[:2]:
         for task in stage.tasks:
             train = task.train[:12]
             pseudo = {s.id: ("what is there ?", f"number {k}") for k, s in enumerate(train)}
@@ -48,17 +72,12 @@ def inquiries() -> tuple[Sample, ...]:
 
 
 @pytest.fixture(scope="session")
-def base() -> ModelSpec:
-    return load("mera-miniworld", []).model_spec()
-
-
-@pytest.fixture(scope="session")
-def learned(base: ModelSpec, inquiries: tuple[Sample, ...]) -> Learned:
+def learned(spec: ModelSpec, inquiries: tuple[Sample, ...]) -> Learned:
     """Learn stages with a mix; returns the model and what the ingredients saw, per stage."""
     features = FeatureCache()
 
     def grown(
-        stages: Sequence[Stage], *methods: Method, seed: int = 0, spec: ModelSpec = base, epochs: int = 2
+        stages: Sequence[Stage], *methods: Method, seed: int = 0, spec: ModelSpec = spec, epochs: int = 2
     ) -> tuple[MultimodalLM, list[Context]]:
         model = MultimodalLM.build(spec, features=features)
         known = {each.name: each for each in spec.modalities}
@@ -73,10 +92,10 @@ def learned(base: ModelSpec, inquiries: tuple[Sample, ...]) -> Learned:
 
 
 @pytest.fixture(scope="session")
-def beginning(base: ModelSpec, inquiries: tuple[Sample, ...], learned: Learned) -> Callable[..., Context]:
+def beginning(spec: ModelSpec, inquiries: tuple[Sample, ...], learned: Learned) -> Callable[..., Context]:
     """A model that learned all stages but the last, which begins: prepared, opened, and in its phase."""
 
-    def begun(stages: Sequence[Stage], method: Method, *, spec: ModelSpec = base) -> Context:
+    def begun(stages: Sequence[Stage], method: Method, *, spec: ModelSpec = spec) -> Context:
         model, _ = learned(stages[:-1], method, spec=spec)
         stage, phase = stages[-1], SHORT.phases[0]
         new = frozenset(stage.modalities) - model.specs.keys()

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from prompted import ALIGN, QUICK, TUNE, WORDS, grow, logits, moved, state
+from walking import ALIGN, QUICK, TUNE, WORDS, logits, moved, state, walk
 
 from graftlm.core.errors import ConfigError, MethodConflict, RunError
-from graftlm.data.miniworld.world import WorldSpec, build
-from graftlm.data.streams import miniworld
 from graftlm.data.types import Phase, Stage
-from graftlm.experiment.spec import load
 from graftlm.experiment.stages import StageStore
 from graftlm.learning.fit import fit
 from graftlm.learning.method import Context, Method
@@ -31,27 +28,6 @@ from graftlm.model.prompts import PromptPool, Prompts
 from graftlm.model.specs import ModelSpec
 
 SMALL: dict[str, Any] = {"pool": 4, "top": 2, "length": 2}
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Stage]:
-    """Little stages of the mini world: image, then two more."""
-    torch.set_num_threads(1)
-    root = build(WorldSpec(size="smoke", seed=0), tmp_path_factory.mktemp("world"))
-    return [
-        Stage(stage.name, tuple(dataclasses.replace(task, train=task.train[:12]) for task in stage.tasks))
-        for stage in miniworld(root, "sequential").stages[:3]
-    ]
-
-
-@pytest.fixture(scope="module")
-def features() -> FeatureCache:
-    return FeatureCache()
-
-
-@pytest.fixture(scope="module")
-def spec() -> ModelSpec:
-    return load("mera-miniworld", []).model_spec()
 
 
 @pytest.fixture
@@ -77,7 +53,7 @@ def test_the_llm_is_the_base_after_every_stage(model: MultimodalLM, spec: ModelS
     base = state(MultimodalLM.build(spec))
     before: dict[str, torch.Tensor] = {}
     for count in (1, 2, 3):
-        logs = [log for ctx in grow(model, stages[:count], [L2P(**SMALL)], first=count - 1) for log in ctx.logs]
+        logs = [log for ctx in walk(model, stages[:count], [L2P(**SMALL)], first=count - 1) for log in ctx.logs]
         after = state(model)
         assert not moved({name: x for name, x in base.items() if name.startswith("llm.")}, after)
         changed = {name for name in moved(before, after) if not name.startswith("encoders.")}
@@ -98,24 +74,24 @@ def test_before_the_pool_a_connector_is_aligned_as_ever(
 ) -> None:
     """And the pool leaves it as it is."""
     plain, aligned = (MultimodalLM.build(spec, features=features) for _ in range(2))
-    grow(plain, stages[:1], [], schedule=ALIGN)
-    (ctx,) = grow(aligned, stages[:1], [L2P(**SMALL)], schedule=ALIGN)
+    walk(plain, stages[:1], [], schedule=ALIGN)
+    (ctx,) = walk(aligned, stages[:1], [L2P(**SMALL)], schedule=ALIGN)
     assert aligned.extension is None and len(ctx.logs) == 1
-    grow(model, stages[:1], [L2P(**SMALL)])
+    walk(model, stages[:1], [L2P(**SMALL)])
     for other in (aligned, model):
         for name, tensor in plain.connectors.state_dict().items():
             assert torch.equal(tensor, other.connectors.state_dict()[name])
 
 
 def test_connectors_may_go_on(model: MultimodalLM, stages: list[Stage]) -> None:
-    grow(model, stages[:2], [L2P(**SMALL)], schedule=QUICK)
+    walk(model, stages[:2], [L2P(**SMALL)], schedule=QUICK)
     before = state(model)
     old, new = (f"connectors.{stage.modalities[0]}." for stage in stages[:2])
-    (ctx,) = grow(model, stages[:2], [L2P(**SMALL, connectors=True)], first=1, schedule=TUNE)
+    (ctx,) = walk(model, stages[:2], [L2P(**SMALL, connectors=True)], first=1, schedule=TUNE)
     changed = moved(before, state(model))
     assert any(name.startswith(new) for name in changed) and not any(name.startswith(old) for name in changed)
     before = state(model)
-    grow(model, stages[:2], [L2P(**SMALL)], first=1, schedule=TUNE)
+    walk(model, stages[:2], [L2P(**SMALL)], first=1, schedule=TUNE)
     assert not any(name.startswith("connectors") for name in moved(before, state(model)))
     assert ctx.logs[0].parameters > sum(p.numel() for p in pool(model).parameters())
 
@@ -140,7 +116,7 @@ def test_a_new_connector_is_never_left_random(model: MultimodalLM, stages: list[
     assert L2P().trainable(ctx, frozenset({f"connectors.{image}", "llm"})) == {"extension"}
     assert L2P().trainable(ctx, frozenset({f"connectors.{image}"})) == {f"connectors.{image}"}
     assert L2P().trainable(ctx, frozenset({"llm.model.layers.0"})) == {"extension"}
-    (ctx,) = grow(model, stages[:1], [L2P(**SMALL)], schedule=TUNE)
+    (ctx,) = walk(model, stages[:1], [L2P(**SMALL)], schedule=TUNE)
     numbers = [p.numel() for part in (model.connectors, pool(model)) for p in part.parameters()]
     assert ctx.logs[0].parameters == sum(numbers)
 
@@ -148,7 +124,7 @@ def test_a_new_connector_is_never_left_random(model: MultimodalLM, stages: list[
 @pytest.mark.parametrize("lr", [None, 2e-3])
 def test_one_step_of_adam_is_the_rate(lr: float | None, model: MultimodalLM, stages: list[Stage]) -> None:
     method = L2P(**SMALL, lr=lr)
-    grow(model, stages[:1], [], schedule=ALIGN)
+    walk(model, stages[:1], [], schedule=ALIGN)
     phase = Phase("finetune", frozenset({"llm"}), {"llm": 1e-3}, batch_size=64, warmup=0, clip=0)
     ctx = Context(model, stages[0], (), Schedule((phase,), phase), 0)
     ctx.phase, ctx.parts = phase, method.trainable(ctx, phase.trainable)
@@ -162,16 +138,16 @@ def test_one_step_of_adam_is_the_rate(lr: float | None, model: MultimodalLM, sta
 
 
 def test_the_pull_draws_keys_to_samples(model: MultimodalLM, spec: ModelSpec, stages: list[Stage]) -> None:
-    grow(model, stages[:1], [L2P(**SMALL)])
+    walk(model, stages[:1], [L2P(**SMALL)])
     samples = stages[0].samples()[:8]
     close = float(pool(model).closeness(pool(model).query(model.batch(samples))))
     other = MultimodalLM.build(spec, features=model.features)
-    grow(other, stages[:1], [L2P(**SMALL, pull=0.0)])
+    walk(other, stages[:1], [L2P(**SMALL, pull=0.0)])
     apart = float(pool(other).closeness(pool(other).query(other.batch(samples))))
     assert close > apart + 0.01
     keys = pool(other).keys["image"]
     fresh = MultimodalLM.build(spec, features=model.features)
-    grow(fresh, stages[:1], [], schedule=ALIGN)
+    walk(fresh, stages[:1], [], schedule=ALIGN)
     method = L2P(**SMALL, pull=0.0)
     method.prepare(ctx := Context(fresh, stages[0], (), QUICK, 0))
     method.begin(ctx)
@@ -180,7 +156,7 @@ def test_the_pull_draws_keys_to_samples(model: MultimodalLM, spec: ModelSpec, st
 
 def test_the_term_is_the_pull_of_the_batch(model: MultimodalLM, stages: list[Stage]) -> None:
     method = L2P(**SMALL, pull=0.3)
-    grow(model, stages[:1], [method])
+    walk(model, stages[:1], [method])
     ctx = Context(model, stages[0], (), QUICK, 0, parts=frozenset({"extension"}))
     batch = model.batch(stages[0].samples()[:3])
     out = model(batch)
@@ -198,12 +174,12 @@ def test_the_term_is_the_pull_of_the_batch(model: MultimodalLM, stages: list[Sta
 
 def test_learning_helps(model: MultimodalLM, stages: list[Stage]) -> None:
     """The answers become likelier, by prompts alone."""
-    grow(model, stages[:1], [], schedule=ALIGN)
+    walk(model, stages[:1], [], schedule=ALIGN)
     batch = model.batch(stages[0].samples()[:12])
     long = dataclasses.replace(TUNE.phases[0], epochs=8, lr={"connectors": 1e-3, "llm": 2e-2})
     with torch.no_grad():
         before = float(model(batch).loss)
-    grow(model, stages[:1], [L2P(**SMALL)], schedule=Schedule((long,), TUNE.realign))
+    walk(model, stages[:1], [L2P(**SMALL)], schedule=Schedule((long,), TUNE.realign))
     with torch.no_grad():
         after = float(model(batch).loss)
     assert after < before - 0.1
@@ -215,9 +191,9 @@ def test_learning_helps(model: MultimodalLM, stages: list[Stage]) -> None:
 def test_without_vectors_it_is_the_frozen_model(
     model: MultimodalLM, spec: ModelSpec, stages: list[Stage], features: FeatureCache
 ) -> None:
-    grow(model, stages[:2], [L2P(pool=4, top=2, length=0)])
+    walk(model, stages[:2], [L2P(pool=4, top=2, length=0)])
     plain = MultimodalLM.build(spec, features=features)
-    grow(plain, stages[:2], [EProj()], schedule=ALIGN)
+    walk(plain, stages[:2], [EProj()], schedule=ALIGN)
     samples = [*stages[0].samples()[:2], *stages[1].samples()[:2], WORDS]
     assert torch.equal(logits(model, samples), logits(plain, samples))
     assert model.generate(samples, max_new_tokens=4) == plain.generate(samples, max_new_tokens=4)
@@ -227,7 +203,7 @@ def test_without_vectors_it_is_the_frozen_model(
 def test_an_llm_of_bfloat16(method: Method, spec: ModelSpec, stages: list[Stage], features: FeatureCache) -> None:
     """Prompts stay float32, and training, under autocast, chooses as answering does."""
     model = MultimodalLM.build(dataclasses.replace(spec, dtype="bfloat16"), features=features)
-    grow(model, stages[:2], [method])
+    walk(model, stages[:2], [method])
     found = model.extension
     assert isinstance(found, Prompts) and {p.dtype for p in found.parameters()} == {torch.float32}
     batch = model.batch([*stages[0].samples()[:4], *stages[1].samples()[:4], WORDS])
@@ -243,7 +219,7 @@ def test_the_seed_decides(selection: Any, spec: ModelSpec, stages: list[Stage], 
     made = []
     for seed in (0, 0, 1):
         model = MultimodalLM.build(spec, features=features)
-        grow(model, stages[:2], [L2P(**SMALL, selection=selection)], seed=seed)
+        walk(model, stages[:2], [L2P(**SMALL, selection=selection)], seed=seed)
         made.append({name: x for name, x in state(model).items() if not name.startswith("encoders")})
     assert not moved(made[0], made[1]) and "extension.prompts" in moved(made[0], made[2])
 
@@ -251,7 +227,7 @@ def test_the_seed_decides(selection: Any, spec: ModelSpec, stages: list[Stage], 
 def test_a_learned_stage_is_what_its_checkpoint_loads_to(
     model: MultimodalLM, stages: list[Stage], features: FeatureCache, tmp_path: Path
 ) -> None:
-    grow(model, stages[:2], [L2P(**SMALL)])
+    walk(model, stages[:2], [L2P(**SMALL)])
     checkpoint.save(model, tmp_path / "saved", history=[])
     loaded = checkpoint.load(tmp_path / "saved", features=features)
     samples = [*stages[0].samples()[:2], *stages[1].samples()[:2], WORDS]
@@ -261,7 +237,7 @@ def test_a_learned_stage_is_what_its_checkpoint_loads_to(
 
 def test_the_store_resumes(stages: list[Stage], model: MultimodalLM, spec: ModelSpec, tmp_path: Path) -> None:
     """A second stage from the store is the one of an uninterrupted run; other settings are other stages."""
-    grow(model, stages[:2], [L2P(**SMALL)])
+    walk(model, stages[:2], [L2P(**SMALL)])
     checkpoint.save(model, tmp_path / "whole", history=[])
     first = StageStore(tmp_path / "store", spec, QUICK, 0).obtain(stages[0], [], [L2P(**SMALL)], None)
     store = StageStore(tmp_path / "store", spec, QUICK, 0)
@@ -273,15 +249,15 @@ def test_the_store_resumes(stages: list[Stage], model: MultimodalLM, spec: Model
 
 
 def test_realigning_moves_connectors_alone(model: MultimodalLM, stages: list[Stage]) -> None:
-    grow(model, stages[:1], [L2P(**SMALL)])
+    walk(model, stages[:1], [L2P(**SMALL)])
     before = state(model)
-    (ctx,) = grow(model, stages[:2], [L2P(**SMALL), Realign(1.0)], first=1)
+    (ctx,) = walk(model, stages[:2], [L2P(**SMALL), Realign(1.0)], first=1)
     assert [log.phase for log in ctx.logs] == ["pretrain", "finetune", "realign"]
     changed = moved(before, state(model))
     assert any(name.startswith("connectors.image") for name in changed)
     prompts = state(model)["extension.prompts"]
     other = MultimodalLM.build(model.spec, features=model.features)
-    grow(other, stages[:2], [L2P(**SMALL)])
+    walk(other, stages[:2], [L2P(**SMALL)])
     assert torch.equal(pool(other).prompts, prompts)  # the pool is not realigned
     assert all(name.startswith(("connectors.", "extension.")) for name in changed)
 
@@ -292,33 +268,33 @@ def test_realigning_moves_connectors_alone(model: MultimodalLM, stages: list[Sta
 @pytest.mark.parametrize("other", [MoELoRA(), L2P(), Merge(), EWC()])
 def test_no_other_way_of_making_the_llm_plastic(other: Method, model: MultimodalLM, stages: list[Stage]) -> None:
     with pytest.raises(MethodConflict, match="cannot share the LLM"):
-        grow(model, stages[:1], [L2P(**SMALL), other])
+        walk(model, stages[:1], [L2P(**SMALL), other])
 
 
 def test_an_ingredient_that_needs_the_llm_open_is_refused(model: MultimodalLM, stages: list[Stage]) -> None:
     for on in ("weights", "factors"):
         with pytest.raises(MethodConflict, match=r"L2P \(adapter = 'own'\) and EWC"):
-            grow(model, stages[:1], [L2P(**SMALL), EWC(on=on)])
+            walk(model, stages[:1], [L2P(**SMALL), EWC(on=on)])
 
     class Measures(Method):
         def prepare(self, ctx: Context) -> None:
             ctx.open()
 
     with pytest.raises(MethodConflict, match="L2P keeps the LLM frozen, but another ingredient"):
-        grow(model, stages[:1], [L2P(**SMALL), Measures()])
+        walk(model, stages[:1], [L2P(**SMALL), Measures()])
     assert not model.adapter.is_open
 
 
 def test_without_the_llm_there_is_nothing_to_take_the_place_of(model: MultimodalLM, stages: list[Stage]) -> None:
     """An ingredient to the left leaves no LLM in the phase: neither pool nor term."""
-    grow(model, stages[:1], [EProj(), L2P(**SMALL)])
+    walk(model, stages[:1], [EProj(), L2P(**SMALL)])
     assert model.extension is None
 
 
 def test_another_pool_cannot_go_on(model: MultimodalLM, stages: list[Stage]) -> None:
-    grow(model, stages[:1], [L2P(**SMALL)])
+    walk(model, stages[:1], [L2P(**SMALL)])
     with pytest.raises(RunError, match="l2p: the model has an extension 'l2p' of"):
-        grow(model, stages[:2], [L2P(pool=5, top=2, length=2)], first=1)
+        walk(model, stages[:2], [L2P(pool=5, top=2, length=2)], first=1)
 
 
 @pytest.mark.parametrize(

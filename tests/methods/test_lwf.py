@@ -82,8 +82,8 @@ def test_a_first_stage_has_nothing_to_forget(two: list[Stage], learned: Learned)
 
 
 @pytest.mark.parametrize("way", ["fresh LoRA", "LoRA of the run", "every weight"])
-def test_it_repeats_itself_and_keeps_more(way: str, two: list[Stage], learned: Learned, base: ModelSpec) -> None:
-    spec = dataclasses.replace(base, lora=None) if way == "every weight" else base
+def test_it_repeats_itself_and_keeps_more(way: str, two: list[Stage], learned: Learned, spec: ModelSpec) -> None:
+    tuned = dataclasses.replace(spec, lora=None) if way == "every weight" else spec
 
     def mix(strength: float) -> list[Method]:
         return [LwF(strength), FineTune(continuing=way == "LoRA of the run")]
@@ -93,8 +93,8 @@ def test_it_repeats_itself_and_keeps_more(way: str, two: list[Stage], learned: L
             scores: Tensor = model(model.batch(two[1].samples())).answer_logits
         return torch.log_softmax(scores, -1)
 
-    before = answers(learned(two[:1], *mix(5.0), spec=spec, epochs=5)[0])
-    strong, again, plain = (learned(two, *mix(strength), spec=spec, epochs=5)[0] for strength in (5.0, 5.0, 0.0))
+    before = answers(learned(two[:1], *mix(5.0), spec=tuned, epochs=5)[0])
+    strong, again, plain = (learned(two, *mix(strength), spec=tuned, epochs=5)[0] for strength in (5.0, 5.0, 0.0))
     assert same(strong, again)
 
     def drift(model: MultimodalLM) -> Tensor:

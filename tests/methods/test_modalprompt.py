@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from prompted import ALIGN, QUICK, TUNE, WORDS, grow, logits, moved, state
 from torch import Tensor
+from walking import ALIGN, QUICK, TUNE, WORDS, logits, moved, state, walk
 
 from graftlm.core.errors import ConfigError, MethodConflict, RunError
-from graftlm.data.miniworld.world import WorldSpec, build
-from graftlm.data.streams import miniworld
 from graftlm.data.types import Batch, Output, Stage
-from graftlm.experiment.spec import load
 from graftlm.experiment.stages import StageStore
 from graftlm.learning.method import Context, Method
 from graftlm.learning.phase import Schedule
@@ -31,27 +28,6 @@ from graftlm.model.prompts import PromptShelf
 from graftlm.model.specs import ModelSpec
 
 SMALL: dict[str, Any] = {"prompts": 3, "top": 2}
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Stage]:
-    """Little stages of the mini world: image, then two more."""
-    torch.set_num_threads(1)
-    root = build(WorldSpec(size="smoke", seed=0), tmp_path_factory.mktemp("world"))
-    return [
-        Stage(stage.name, tuple(dataclasses.replace(task, train=task.train[:12]) for task in stage.tasks))
-        for stage in miniworld(root, "sequential").stages[:3]
-    ]
-
-
-@pytest.fixture(scope="module")
-def features() -> FeatureCache:
-    return FeatureCache()
-
-
-@pytest.fixture(scope="module")
-def spec() -> ModelSpec:
-    return load("mera-miniworld", []).model_spec()
 
 
 @pytest.fixture
@@ -77,7 +53,7 @@ def test_old_tasks_and_the_llm_stay_to_the_bit(model: MultimodalLM, spec: ModelS
     base = state(MultimodalLM.build(spec))
     before: dict[str, Tensor] = {}
     for count in (1, 2, 3):
-        (ctx,) = grow(model, stages[:count], [ModalPrompt(**SMALL)], first=count - 1)
+        (ctx,) = walk(model, stages[:count], [ModalPrompt(**SMALL)], first=count - 1)
         after = state(model)
         assert not moved({name: x for name, x in base.items() if name.startswith("llm.")}, after)
         assert not moved(before, after)  # connectors of earlier stages too
@@ -96,9 +72,9 @@ def test_old_tasks_and_the_llm_stay_to_the_bit(model: MultimodalLM, spec: ModelS
 
 
 def test_prompts_and_transform_learn(model: MultimodalLM, spec: ModelSpec, stages: list[Stage]) -> None:
-    grow(model, stages[:1], [ModalPrompt(**SMALL)])
+    walk(model, stages[:1], [ModalPrompt(**SMALL)])
     fresh = MultimodalLM.build(spec, features=model.features)
-    grow(fresh, stages[:1], [], schedule=ALIGN)
+    walk(fresh, stages[:1], [], schedule=ALIGN)
     method = ModalPrompt(**SMALL)
     method.prepare(ctx := Context(fresh, stages[0], (), QUICK, 0))
     method.begin(ctx)
@@ -107,9 +83,9 @@ def test_prompts_and_transform_learn(model: MultimodalLM, spec: ModelSpec, stage
 
 def test_prompts_learn_from_the_answers_too(model: MultimodalLM, spec: ModelSpec, stages: list[Stage]) -> None:
     """Without the prototype's term the transform stays, and the prompts move."""
-    grow(model, stages[:1], [ModalPrompt(**SMALL, align=0.0)])
+    walk(model, stages[:1], [ModalPrompt(**SMALL, align=0.0)])
     fresh = MultimodalLM.build(spec, features=model.features)
-    grow(fresh, stages[:1], [], schedule=ALIGN)
+    walk(fresh, stages[:1], [], schedule=ALIGN)
     method = ModalPrompt(**SMALL)
     method.prepare(ctx := Context(fresh, stages[0], (), QUICK, 0))
     method.begin(ctx)
@@ -120,14 +96,14 @@ def test_a_stage_begins_one_task(model: MultimodalLM, stages: list[Stage]) -> No
     """However many of its phases train it; and the same method serves all stages."""
     twice = Schedule((*QUICK.phases, dataclasses.replace(QUICK.phases[1], name="more")), QUICK.realign)
     method = ModalPrompt(**SMALL)
-    grow(model, stages[:2], [method], schedule=twice)
+    walk(model, stages[:2], [method], schedule=twice)
     assert shelf(model).names == [stage.name for stage in stages[:2]]
     with pytest.raises(RunError, match=r"'modalprompt' of \{'prompts': 3.* is asked for"):
-        grow(model, stages[:3], [ModalPrompt(prompts=4, top=2)], first=2)
+        walk(model, stages[:3], [ModalPrompt(prompts=4, top=2)], first=2)
 
 
 def test_before_a_task_begins_those_before_it_answer(model: MultimodalLM, stages: list[Stage]) -> None:
-    grow(model, stages[:1], [ModalPrompt(**SMALL)])
+    walk(model, stages[:1], [ModalPrompt(**SMALL)])
     seen: set[tuple[str, bool, int]] = set()
 
     class Watching(ModalPrompt):
@@ -138,13 +114,13 @@ def test_before_a_task_begins_those_before_it_answer(model: MultimodalLM, stages
             seen.add((ctx.phase.name, found.learns, chosen.shape[1]))
             return super().loss(ctx, batch, out)
 
-    grow(model, stages[:2], [Watching(**SMALL)], first=1)
+    walk(model, stages[:2], [Watching(**SMALL)], first=1)
     assert seen == {("pretrain", False, 3), ("finetune", True, 6)}
 
 
 def test_the_term_is_the_misfit_of_the_batch(model: MultimodalLM, stages: list[Stage]) -> None:
     method = ModalPrompt(**SMALL, align=0.5)
-    grow(model, stages[:1], [method])
+    walk(model, stages[:1], [method])
     ctx = Context(model, stages[0], (), QUICK, 0, parts=frozenset({"extension"}))
     batch = model.batch([*stages[0].samples()[:3], WORDS])
     out = model(batch)
@@ -169,7 +145,7 @@ def test_the_term_is_the_misfit_of_the_batch(model: MultimodalLM, stages: list[S
 def test_each_task_guides_its_own_samples(model: MultimodalLM, stages: list[Stage]) -> None:
     """After three stages, samples of a task are closest to it, so that its prompts stand last, next to the text."""
     long = dataclasses.replace(TUNE.phases[0], epochs=6, lr={"connectors": 1e-3, "llm": 1e-2})
-    grow(model, stages, [ModalPrompt(**SMALL)], schedule=Schedule((ALIGN.phases[0], long), TUNE.realign))
+    walk(model, stages, [ModalPrompt(**SMALL)], schedule=Schedule((ALIGN.phases[0], long), TUNE.realign))
     for number, stage in enumerate(stages):
         samples = stage.samples()[:6]
         query = shelf(model).query(model.batch(samples))
@@ -186,22 +162,22 @@ def test_with_its_own_prompts_alone_nothing_is_forgotten(model: MultimodalLM, st
     long = dataclasses.replace(TUNE.phases[0], epochs=6, lr={"connectors": 1e-3, "llm": 1e-2})
     schedule = Schedule((ALIGN.phases[0], long), TUNE.realign)
     method = ModalPrompt(prompts=3, top=1)
-    grow(model, stages[:1], [method], schedule=schedule)
+    walk(model, stages[:1], [method], schedule=schedule)
     samples = stages[0].samples()[:4]
     before, answers = logits(model, samples), model.generate(samples, max_new_tokens=6)
-    grow(model, stages[:2], [method], first=1, schedule=schedule)
+    walk(model, stages[:2], [method], first=1, schedule=schedule)
     assert torch.equal(logits(model, samples), before)
     assert model.generate(samples, max_new_tokens=6) == answers
 
 
 def test_learning_helps(model: MultimodalLM, stages: list[Stage]) -> None:
     """The answers become likelier, by prompts alone."""
-    grow(model, stages[:1], [], schedule=ALIGN)
+    walk(model, stages[:1], [], schedule=ALIGN)
     batch = model.batch(stages[0].samples()[:12])
     long = dataclasses.replace(TUNE.phases[0], epochs=8, lr={"connectors": 1e-3, "llm": 2e-2})
     with torch.no_grad():
         before = float(model(batch).loss)
-    grow(model, stages[:1], [ModalPrompt(**SMALL)], schedule=Schedule((long,), TUNE.realign))
+    walk(model, stages[:1], [ModalPrompt(**SMALL)], schedule=Schedule((long,), TUNE.realign))
     with torch.no_grad():
         after = float(model(batch).loss)
     assert after < before - 0.1
@@ -214,7 +190,7 @@ def test_the_seed_decides(spec: ModelSpec, stages: list[Stage], features: Featur
     made = []
     for seed in (0, 0, 1):
         model = MultimodalLM.build(spec, features=features)
-        grow(model, stages[:2], [ModalPrompt(**SMALL)], seed=seed)
+        walk(model, stages[:2], [ModalPrompt(**SMALL)], seed=seed)
         made.append({name: x for name, x in state(model).items() if not name.startswith("encoders")})
     assert not moved(made[0], made[1])
     assert {name for name in made[0] if name.startswith("extension")} <= moved(made[0], made[2])
@@ -223,7 +199,7 @@ def test_the_seed_decides(spec: ModelSpec, stages: list[Stage], features: Featur
 def test_a_learned_stage_is_what_its_checkpoint_loads_to(
     model: MultimodalLM, stages: list[Stage], features: FeatureCache, tmp_path: Path
 ) -> None:
-    grow(model, stages, [ModalPrompt(**SMALL)])
+    walk(model, stages, [ModalPrompt(**SMALL)])
     checkpoint.save(model, tmp_path / "saved", history=[])
     loaded = checkpoint.load(tmp_path / "saved", features=features)
     samples = [*stages[0].samples()[:2], *stages[2].samples()[:2], WORDS]
@@ -232,7 +208,7 @@ def test_a_learned_stage_is_what_its_checkpoint_loads_to(
 
 
 def test_the_store_resumes(stages: list[Stage], model: MultimodalLM, spec: ModelSpec, tmp_path: Path) -> None:
-    grow(model, stages[:2], [ModalPrompt(**SMALL)])
+    walk(model, stages[:2], [ModalPrompt(**SMALL)])
     checkpoint.save(model, tmp_path / "whole", history=[])
     first = StageStore(tmp_path / "store", spec, QUICK, 0).obtain(stages[0], [], [ModalPrompt(**SMALL)], None)
     store = StageStore(tmp_path / "store", spec, QUICK, 0)
@@ -247,10 +223,10 @@ def test_the_store_resumes(stages: list[Stage], model: MultimodalLM, spec: Model
 def test_realigning_moves_connectors_alone(last: bool, model: MultimodalLM, stages: list[Stage]) -> None:
     """In either order: while it runs no prompt learns."""
     plain = MultimodalLM.build(model.spec, features=model.features)
-    grow(plain, stages[:2], [ModalPrompt(**SMALL)])
+    walk(plain, stages[:2], [ModalPrompt(**SMALL)])
     methods: list[Method] = [ModalPrompt(**SMALL), Realign(1.0)]
-    grow(model, stages[:1], [ModalPrompt(**SMALL)])
-    (ctx,) = grow(model, stages[:2], methods if last else methods[::-1], first=1)
+    walk(model, stages[:1], [ModalPrompt(**SMALL)])
+    (ctx,) = walk(model, stages[:2], methods if last else methods[::-1], first=1)
     assert [log.phase for log in ctx.logs] == ["pretrain", "finetune", "realign"]
     changed = {".".join(name.split(".")[:2]) for name in moved(state(plain), state(model))}
     assert changed == {f"connectors.{stage.modalities[0]}" for stage in stages[:2]}
@@ -262,13 +238,13 @@ def test_realigning_moves_connectors_alone(last: bool, model: MultimodalLM, stag
 @pytest.mark.parametrize("other", [L2P(), PathWeave(), DAMC(), Merge()])
 def test_no_other_way_of_making_the_llm_plastic(other: Method, model: MultimodalLM, stages: list[Stage]) -> None:
     with pytest.raises(MethodConflict, match="cannot share the LLM"):
-        grow(model, stages[:1], [ModalPrompt(**SMALL), other])
+        walk(model, stages[:1], [ModalPrompt(**SMALL), other])
 
 
 def test_a_model_with_a_pool_has_no_place_for_it(model: MultimodalLM, stages: list[Stage]) -> None:
-    grow(model, stages[:1], [L2P(pool=2, top=1, length=1)])
+    walk(model, stages[:1], [L2P(pool=2, top=1, length=1)])
     with pytest.raises(RunError, match="modalprompt: the model has an extension 'l2p' of"):
-        grow(model, stages[:2], [ModalPrompt()], first=1)
+        walk(model, stages[:2], [ModalPrompt()], first=1)
 
 
 @pytest.mark.parametrize(

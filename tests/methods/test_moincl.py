@@ -394,9 +394,9 @@ def test_factors_and_deltas_are_other_models(two: list[Stage], beginning: Beginn
     assert moved["delta"] < 1e-6 < 1e-3 < moved["factors"]
 
 
-def test_every_weight_is_blended(two: list[Stage], beginning: Beginning, base: ModelSpec) -> None:
+def test_every_weight_is_blended(two: list[Stage], beginning: Beginning, spec: ModelSpec) -> None:
     method = Fuse(0.25)
-    ctx = beginning(two, method, spec=dataclasses.replace(base, lora=None))
+    ctx = beginning(two, method, spec=dataclasses.replace(spec, lora=None))
     before = tensors(ctx.model)
     disturb(ctx)
     now = tensors(ctx.model)
@@ -464,17 +464,17 @@ def test_without_strength_it_is_fine_tuning(mix: list[Method], two: list[Stage],
 
 
 @pytest.mark.parametrize("way", ["factors", "delta", "every weight", "experts"])
-def test_it_repeats_itself(way: str, halves: dict[str, Stage], learned: Learned, base: ModelSpec) -> None:
+def test_it_repeats_itself(way: str, halves: dict[str, Stage], learned: Learned, spec: ModelSpec) -> None:
     """Captions, then questions, then captions of another modality, which its questions were learned before."""
     stages = [halves["image-caption"], halves["video-qa"], halves["image-qa"], halves["video-caption"]]
-    spec = dataclasses.replace(base, lora=None) if way == "every weight" else base
+    tuned = dataclasses.replace(spec, lora=None) if way == "every weight" else spec
 
     def mix() -> list[Method]:
         if way == "experts":
             return [MoELoRA(experts=2, rank=4, alpha=8.0), *moincl(weight=1.0)]
         return moincl(on="delta" if way == "delta" else "factors")
 
-    (first, seen), (second, _) = (learned(stages, *mix(), spec=spec, epochs=1) for _ in range(2))
+    (first, seen), (second, _) = (learned(stages, *mix(), spec=tuned, epochs=1) for _ in range(2))
     assert same(first, second)
     assert [ctx.notes.get("ptgm") for ctx in seen] == [None, {}, {"okvqa": 12}, {"msvd": 12}]
     assert all(math.isfinite(log.last_loss) for ctx in seen for log in ctx.logs)

@@ -2,22 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from walking import QUICK, TUNE, grow, logits, move, state
 
 from graftlm.core.errors import ConfigError, MethodConflict, RunError
-from graftlm.data.miniworld.world import WorldSpec, build
-from graftlm.data.streams import miniworld
 from graftlm.data.types import Sample, Stage
-from graftlm.experiment.spec import load
 from graftlm.experiment.stages import StageStore
 from graftlm.learning.method import Context, Method
-from graftlm.learning.phase import SCHEDULES, Schedule
 from graftlm.learning.stage import learn
 from graftlm.merging.rules import average
 from graftlm.methods import build as mix
@@ -31,65 +27,10 @@ from graftlm.model.multimodal import MultimodalLM
 from graftlm.model.specs import LoraSpec, ModelSpec
 from graftlm.model.weave import WeaveLayer, WeaveSpec, WovenExperts, open_weave
 
-QUICK = Schedule(
-    tuple(dataclasses.replace(phase, epochs=1) for phase in SCHEDULES["miniworld"].phases),
-    dataclasses.replace(SCHEDULES["miniworld"].realign, epochs=1),
-)
-TUNE = Schedule(QUICK.phases[1:], QUICK.realign)
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Stage]:
-    """Little stages of the mini world: image, then two more."""
-    torch.set_num_threads(1)
-    root = build(WorldSpec(size="smoke", seed=0), tmp_path_factory.mktemp("world"))
-    return [
-        Stage(stage.name, tuple(dataclasses.replace(task, train=task.train[:12]) for task in stage.tasks))
-        for stage in miniworld(root, "sequential").stages
-    ]
-
-
-@pytest.fixture(scope="module")
-def features() -> FeatureCache:
-    return FeatureCache()
-
-
-@pytest.fixture(scope="module")
-def spec() -> ModelSpec:
-    return load("mera-miniworld", []).model_spec()
-
-
-def grow(
-    model: MultimodalLM, stages: list[Stage], methods: list[Method], first: int = 0, schedule: Schedule = QUICK
-) -> MultimodalLM:
-    """Learn the stages from number ``first`` on."""
-    known = {each.name: each for each in model.spec.modalities}
-    for index in range(first, len(stages)):
-        learn(model, stages[index], stages[:index], methods, schedule, modalities=known)
-    return model
-
 
 def woven(model: MultimodalLM) -> WovenExperts:
     assert isinstance(model.extension, WovenExperts)
     return model.extension
-
-
-@torch.no_grad()
-def move(parameters: Mapping[str, nn.Parameter], seed: int, size: float = 0.05) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in parameters.values():
-        parameter += size * torch.randn(parameter.shape, generator=generator)
-
-
-@torch.no_grad()
-def logits(model: MultimodalLM, samples: list[Sample]) -> Tensor:
-    out = model(model.batch(samples), logits=True).logits
-    assert out is not None
-    return out
-
-
-def state(model: MultimodalLM) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------

@@ -151,15 +151,15 @@ def test_without_strength_it_is_fine_tuning(variant: Any, two: list[Stage], lear
 
 @pytest.mark.parametrize("way", ["fresh LoRA", "LoRA of the run", "every weight", "experts"])
 def test_it_repeats_itself_and_keeps_text(
-    way: str, two: list[Stage], learned: Learned, base: ModelSpec, inquiries: tuple[Sample, ...]
+    way: str, two: list[Stage], learned: Learned, spec: ModelSpec, inquiries: tuple[Sample, ...]
 ) -> None:
-    spec = dataclasses.replace(base, lora=None) if way == "every weight" else base
+    tuned = dataclasses.replace(spec, lora=None) if way == "every weight" else spec
     beside: Method = FineTune(continuing=way == "LoRA of the run")
     if way == "experts":
         beside = MoELoRA(experts=2, rank=4, alpha=8.0)
 
     def grown(strength: float, stages: int) -> MultimodalLM:
-        return learned(two[:stages], beside, UIR(strength), spec=spec, epochs=4)[0]
+        return learned(two[:stages], beside, UIR(strength), spec=tuned, epochs=4)[0]
 
     def states(model: MultimodalLM) -> list[Tensor]:
         with torch.no_grad():

@@ -1,10 +1,10 @@
-"""What tests of prompts beside a frozen LLM have in common."""
+"""What tests of methods that stay in the model, experts or prompts, have in common."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftlm.data.types import Sample, Stage
 from graftlm.learning.method import Context, Method
@@ -26,7 +26,7 @@ WORDS = Sample("t", "t", (), "what is this ?", ("red",))
 """A sample of text alone."""
 
 
-def grow(
+def walk(
     model: MultimodalLM,
     stages: Sequence[Stage],
     methods: Sequence[Method],
@@ -35,12 +35,32 @@ def grow(
     schedule: Schedule = QUICK,
     seed: int = 0,
 ) -> list[Context]:
-    """Learn the stages from number ``first`` on."""
+    """Learn the stages from number ``first`` on; returns what the ingredients saw, per stage."""
     known = {each.name: each for each in model.spec.modalities}
     return [
         learn(model, stages[index], stages[:index], methods, schedule, modalities=known, seed=seed)
         for index in range(first, len(stages))
     ]
+
+
+def grow(
+    model: MultimodalLM,
+    stages: Sequence[Stage],
+    methods: Sequence[Method],
+    *,
+    first: int = 0,
+    schedule: Schedule = QUICK,
+) -> MultimodalLM:
+    """The model, after `walk`."""
+    walk(model, stages, methods, first=first, schedule=schedule)
+    return model
+
+
+@torch.no_grad()
+def move(parameters: Mapping[str, nn.Parameter], seed: int, size: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters.values():
+        parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
 @torch.no_grad()
